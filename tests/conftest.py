@@ -1,0 +1,75 @@
+"""What all tests share: where the scripts are, how JAX is set, golden numbers, error messages."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    """Sets JAX by environment variables, before it is imported, and so for started scripts too.
+
+    Compiled functions are kept in pytest's cache folder, which git ignores: a second run is faster.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """goldens("sft") -> the arrays of tests/goldens/sft.npz, by name."""
+
+    @functools.cache
+    def load(name):
+        with np.load(ROOT / "tests" / "goldens" / f"{name}.npz") as file:
+            return dict(file)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data, which is not part of the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+@pytest.fixture
+def float64():
+    """64-bit floats for one test; the context manager has moved between versions of JAX."""
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        context = jax.enable_x64(True)
+    else:
+        from jax.experimental import enable_x64
+
+        context = enable_x64(True)
+    with context:
+        yield
+
+
+@pytest.fixture
+def error_line(capsys):
+    """error_line(f, *args) -> the one line that f(*args) ends with, exit status 2 checked."""
+
+    def call(function, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*args)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert message.startswith("error: ") and message.count("\n") == 1, message
+        return message
+
+    return call
