@@ -83,7 +83,8 @@ def within_prompt_correlation(x, y):
     About the overall means it would mostly show that both know which prompts are sad.
     """
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    return float((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()))
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / scale) if scale > 0 else float("nan")
 
 
 def known_accuracy(margins, probability):
@@ -243,7 +244,8 @@ def describe_shares(samples, ref, curves, kl_coef, trusted_kl):
     if kl_coef is not None:
         J, J_ref = samples.reward.mean(axis=1) - kl_coef * kl, ref.reward.mean(axis=1)
         share, error = bootstrap(share_of_gain, J, J_ref, optimal_objective(ref.reward, kl_coef))
-        best_kl = frontier(ref.reward, [kl_coef])[0].mean()
+        # Too few samples make the KL of their optimum too low as well; the policy's own KL is not.
+        best_kl = max(kl.mean(), frontier(ref.reward, [kl_coef])[0].mean())
         shares["J"] = (share, error, bool(best_kl <= trusted_kl))
     return shares
 
@@ -347,10 +349,8 @@ def main(args):
     if not gold and not args.reward_model:
         fail("nothing to measure: give --reward-model or --gold")
     tokenizer = ppo.load_tokenizer(args.ref)
-    prompt_length, width = (
-        args.max_prompt_length,
-        args.max_prompt_length + args.max_completion_length,
-    )
+    prompt_length = args.max_prompt_length
+    width = prompt_length + args.max_completion_length
 
     def load(folder):
         """A model that reads the reference's tokens."""
@@ -371,18 +371,12 @@ def main(args):
 
     def measure(config, params, num_prompts, num_samples, stream):
         """Samples of a policy to the first prompts."""
-        asked, ids = zip(*(row for row in rows[:num_prompts] for _ in range(num_samples)))
+        asked, ids = zip(*(pair for pair in rows[:num_prompts] for _ in range(num_samples)))
+        sampling = (args.max_completion_length, args.temperature, eos_id)
         texts, columns = [], []
         for i, batch in enumerate(in_batches(list(ids), args.batch_size)):
-            tokens, mask, _ = ppo.generate(
-                params,
-                config,
-                *ppo.pad_rows(batch, prompt_length, left=True),
-                ppo.stream_key(args.seed, stream, i),
-                args.max_completion_length,
-                args.temperature,
-                eos_id,
-            )
+            padded, key = ppo.pad_rows(batch, prompt_length, left=True), (args.seed, stream, i)
+            tokens, mask, _ = ppo.generate(params, config, *padded, ppo.stream_key(*key), *sampling)
             kl = reward = np.zeros(len(batch))
             if params is not ref_params:
                 both = (params, ref_params, (config, ref_config))
@@ -416,10 +410,8 @@ def main(args):
 
     report = {"args": vars(args)}
     figures = [{"policy": n} | describe(x, args.kl_coef) for n, x in zip(names, drawn)]
-    what = (
-        f"{len(drawn[0].kl)} prompts of {args.dataset}, {args.samples_per_prompt} completions each"
-    )
-    print_table(what, figures)
+    size = f"{len(drawn[0].kl)} prompts x {args.samples_per_prompt} completions"
+    print_table(f"{args.dataset}, {size}", figures)
     report["table"] = figures
 
     if args.reward_model:
@@ -458,8 +450,10 @@ def main(args):
         for name, samples in zip(args.models, policies):
             found = describe_shares(samples, ref, curves, args.kl_coef, trusted_kl)
             shares.append({"policy": name, "kl": float(samples.kl.mean())} | found)
-        what = f"shares of the most at that KL, {len(ref.kl)} prompts x {args.share_samples}"
-        print_table(f"{what} completions; * too high: past the trusted KL", shares)
+        size = f"{len(ref.kl)} prompts x {args.share_samples} completions"
+        print_table(
+            f"share of the most at its KL, {size}; *: past the trusted KL, too high", shares
+        )
         report |= {"shares": shares, "trusted_kl": trusted_kl}
         points = {kind: curve.mean(axis=2).tolist() for kind, curve in curves.items()}
         report["frontier"] = {k: dict(zip(("kl", k, "gold"), x)) for k, x in points.items()}

@@ -379,10 +379,8 @@ def save_model(folder, config, params, tokenizer_folder):
         prefix = "" if leaf[0] in ("lm_head", "score") else "transformer."
         tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
     write_file(building / "config.json", lambda path: path.write_text(json.dumps(file, indent=2)))
-    # transformers refuses a file that does not name a framework.
-    write_file(
-        building / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"})
-    )
+    header = {"format": "pt"}  # transformers refuses a file that names no framework
+    write_file(building / "model.safetensors", lambda path: save_file(tensors, path, header))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(building, folder)
 

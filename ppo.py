@@ -540,10 +540,8 @@ def save_model(folder, config, params, tokenizer_folder):
         prefix = "" if leaf[0] in ("lm_head", "score") else "transformer."
         tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
     write_file(building / "config.json", lambda path: path.write_text(json.dumps(file, indent=2)))
-    # transformers refuses a file that does not name a framework.
-    write_file(
-        building / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"})
-    )
+    header = {"format": "pt"}  # transformers refuses a file that names no framework
+    write_file(building / "model.safetensors", lambda path: save_file(tensors, path, header))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(building, folder)
 
@@ -622,7 +620,7 @@ class RunFolder:
             fail(f"{bad[0]} is not finite at step {step}; {cause}")
 
     def log_samples(self, step, rows):
-        """Appends dicts (prompt, completion, scores) to samples.jsonl, and keeps them for the end."""
+        """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
         self.samples = rows
         for row in rows:
             self.append("samples.jsonl", {"step": step, **row})
@@ -789,7 +787,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(x, mask, shift_mean=True):
-    """x [B, R] with variance 1 and, unless shift_mean is false, mean 0 where mask is 1; 0 elsewhere.
+    """x [B, R] with variance 1 and, if shift_mean, mean 0 over the places where mask is 1.
 
     The variance is the unbiased one (Bessel's correction), as in TRL.
     """

@@ -35,13 +35,13 @@ class Args:
     n_head: int = 4  # attention heads, from scratch
     n_embd: int = 128  # width, from scratch
     n_positions: int = 128  # longest sequence in tokens, from scratch
-    epochs: int = 4  # passes over the data
+    epochs: int = 5  # passes over the data
     batch_size: int = 32  # sequences in one optimizer step
     # sequences in one forward and backward pass; their gradients are accumulated
     micro_batch_size: int = 16
     learning_rate: float = 3e-3  # peak; it falls linearly to 0
     warmup_steps: int = 50  # steps in which the learning rate rises from 0
-    weight_decay: float = 0.01  # AdamW's, on matrices
+    weight_decay: float = 0.1  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
@@ -501,10 +501,8 @@ def save_model(folder, config, params, tokenizer_folder):
         prefix = "" if leaf[0] in ("lm_head", "score") else "transformer."
         tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
     write_file(building / "config.json", lambda path: path.write_text(json.dumps(file, indent=2)))
-    # transformers refuses a file that does not name a framework.
-    write_file(
-        building / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"})
-    )
+    header = {"format": "pt"}  # transformers refuses a file that names no framework
+    write_file(building / "model.safetensors", lambda path: save_file(tensors, path, header))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(building, folder)
 
@@ -583,7 +581,7 @@ class RunFolder:
             fail(f"{bad[0]} is not finite at step {step}; {cause}")
 
     def log_samples(self, step, rows):
-        """Appends dicts (prompt, completion, scores) to samples.jsonl, and keeps them for the end."""
+        """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
         self.samples = rows
         for row in rows:
             self.append("samples.jsonl", {"step": step, **row})

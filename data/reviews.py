@@ -1,20 +1,29 @@
 """Short film reviews with a known gold reward and a known entropy: the embedded default data.
 
 A review is drawn from a weighted context-free grammar without recursion. Its weights depend on the
-genre, which the prompt names, and on a latent mood, which the prompt's opening words only hint at:
+genre, which the prompt names, and on a latent mood, which the prompt's opening words hint at:
 
     prompt      "The Quiet Harbor (western). To my delight,"
     completion  " the horses were truly magnificent. The ending never bored me."
 
-- `sentiment` is the gold reward, a function of the text alone, for any text.
+What is known about it, so that results can be held against theory:
+
+- `sentiment` is the gold reward, a function of the text alone, of any text.
 - `log_prob` is the exact log-probability of a completion, so the floor of the SFT loss is known.
 - Preference labels are drawn with probability sigma((gold_a - gold_b) / TAU), so the best possible
   accuracy of a reward model is known.
 
-Run `python data/reviews.py` to write data/reviews/ (about ten seconds, the same bytes every time):
-sft_*.jsonl, preferences_*.jsonl, prompts_*.jsonl, tokenizer/ and facts.json, which holds what
-theory says about these files. Only training the tokenizer needs a package beyond NumPy.
+Run `python data/reviews.py` to write data/reviews/ (a few seconds, the same bytes every time):
+
+    sft_{train,test}.jsonl          prompt, completion
+    preferences_{train,test}.jsonl  prompt, chosen, rejected; the test file also has chosen_gold,
+                                    rejected_gold and the probability that this label came out
+    prompts_{train,test}.jsonl      prompt
+    tokenizer/                      byte-level BPE, trained with the tokenizers package
+    facts.json                      floor, best accuracy, spreads of the gold, lengths in tokens
 """
+
+# ruff: noqa: SIM905 (word lists read better as text than as one string a line)
 
 import functools
 import json
@@ -65,8 +74,9 @@ NOUNS = {
     "fantasy": "magic dragon wizard quest | castles battles creatures potions elves",
     "drama": "marriage trial silence mother | arguments confessions speeches memories",
     "story": "plot script ending story pacing premise finale | subplots scenes dialogues",
-    "people": "cast acting lead villain hero | actors performances characters extras",
-    "look": "score photography lighting editing soundtrack | sets effects visuals colors stunts",
+    "people": "cast acting lead villain hero narrator | actors performances characters extras",
+    "look": "score photography lighting editing soundtrack | sets effects visuals colors stunts "
+    "props",
     "film": "film movie | details ideas",
 }
 
@@ -132,7 +142,8 @@ INTENSITY = {
 
 # ---------------------------------------------------------------- grammar
 # An alternative is (weight, tilt, expansion): at mood m its weight is weight * exp(tilt * m).
-# The rules are those of the good side; with + and - swapped they are those of the bad side.
+# The rules are those of the good side; with + and - swapped they are those of the bad side. TOPIC
+# stands for thing (of the genre), story, people, look or film; craft is any of the middle three.
 
 CHOICES = {
     "but": "but but yet", "although": "although although though", "negation": "not never hardly",
@@ -210,9 +221,9 @@ def word_rules(sign, line, own="", own_weight=1, strength=None):
     rules = []
     for weight, words in ((1, line), (own_weight, own)):
         for phrase, _, valence in read_words(words) if words else []:
-            if (valence > 0) == (sign == "+"):
-                if strength in (None, "mild" if abs(valence) <= 0.5 else "strong"):
-                    rules.append((weight, WORD_TILT * valence, phrase))
+            fits = strength in (None, "mild" if abs(valence) <= 0.5 else "strong")
+            if fits and (valence > 0) == (sign == "+"):
+                rules.append((weight, WORD_TILT * valence, phrase))
     return rules
 
 
@@ -430,7 +441,7 @@ def score(text):
     for word in re.findall(r"[a-z]+(?:'[a-z]+)?|[.!?,]", text.lower()):
         role = ROLES.get(word)
         length += 1
-        if role is None:
+        if role is None:  # most words: this is what keeps it fast
             continue
         kind, value = role
         if kind == "opinion":
@@ -451,7 +462,7 @@ def score(text):
                 valence += 0.0 if stale else weight * opinions
                 weights += weight * count
             opinions, count, stale, negation, intensity = 0.0, 0, False, 1.0, 1.0
-            length -= 1 if kind == "clause" else 0
+            length -= kind == "clause"  # a comma is no word, and "and" need not be one
             weight = 2.0
             if kind == "but":
                 valence, weights = valence / 2, weights / 2
@@ -587,7 +598,7 @@ def make_facts(files, count_tokens):
     return {key: round(float(value), 6) for key, value in facts.items()} | {
         "vocab_size": VOCAB_SIZE,
         "prompt_tokens": lengths([row["prompt"] for row in rows], count_tokens),
-        "completion_tokens_without_eos": lengths(completions, count_tokens),
+        "completion_tokens_with_eos": lengths(completions, lambda text: count_tokens(text) + 1),
         "distinct_words": len({w for c in completions for w in to_words(c)} - {".", ","}),
     }
 
