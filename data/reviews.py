@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "reviews"
-VOCAB_SIZE = 1408  # a multiple of 128 that leaves 98 % of the words whole
+VOCAB_SIZE = 1152  # enough that nearly every word is one token
 TAU = 0.08  # temperature of the preference labels, in units of the gold reward
 MOODS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 MOOD_SPREAD = 0.6  # standard deviation of the mood around what the prompt says
@@ -44,16 +44,14 @@ WORD_TILT = 0.7  # how strongly the mood favours words by their valence
 # ---------------------------------------------------------------- prompts
 
 GENRES = {  # genre -> what it adds to the mood
-    "western": 0.4, "comedy": 0.2, "horror": -0.4, "romance": 0.0,
-    "mystery": 0.3, "musical": -0.2, "fantasy": 0.1, "drama": -0.1,
+    "western": 0.4, "comedy": 0.2, "horror": -0.4, "romance": -0.2, "mystery": 0.0,
 }  # fmt: skip
 OPENINGS = {  # opening -> the mood it announces
     "To my delight,": 1.6, "Happily,": 1.5, "I am glad to say,": 1.4, "To my great joy,": 1.7,
-    "As I had hoped,": 1.2, "To my surprise,": 0.7, "Against all odds,": 0.9, "To be fair,": 0.5,
-    "I must admit,": 0.6, "On the whole,": 0.2, "All in all,": 0.1, "In the end,": 0.0,
-    "For what it is,": 0.2, "As expected,": -0.1, "In short,": 0.0, "To be honest,": -0.5,
-    "After all the praise,": -0.8, "Despite its fame,": -0.9, "Strangely,": -0.4, "Sadly,": -1.4,
-    "To my regret,": -1.5, "I am sorry to say,": -1.4, "Alas,": -1.2, "As I had feared,": -1.7,
+    "To my surprise,": 0.7, "Against all odds,": 0.9, "I must admit,": 0.5, "On the whole,": 0.2,
+    "In the end,": 0.0, "In short,": -0.1, "To be honest,": -0.5, "Despite its fame,": -0.9,
+    "Strangely,": -0.7, "Sadly,": -1.4, "To my regret,": -1.5, "I am sorry to say,": -1.4,
+    "Alas,": -1.6,
 }  # fmt: skip
 TITLES = "The {} {}, {} {}, Beyond the {} {}, Return to the {} {}, A Night at the {} {}".split(", ")
 TITLE_ADJECTIVES = """Quiet Last Broken Golden Silent Hidden Lost Long Crooked Distant Burning Empty
@@ -65,18 +63,13 @@ TITLE_NOUNS = """Harbor River Garden Road Mirror Bridge Island Train Window Towe
 # Singular | plural nouns: the things of each genre, and what every film has.
 
 NOUNS = {
-    "western": "desert sheriff showdown outlaw | horses shootouts landscapes duels cowboys",
-    "comedy": "timing slapstick banter wit | jokes gags punchlines pranks sketches",
-    "horror": "monster suspense ghost cellar | scares shadows screams zombies nightmares",
-    "romance": "chemistry kiss proposal wedding | lovers letters vows glances flirtations",
-    "mystery": "detective puzzle culprit alibi | clues twists suspects secrets motives",
-    "musical": "singing dancing choreography chorus | songs costumes duets ballads melodies",
-    "fantasy": "magic dragon wizard quest | castles battles creatures potions elves",
-    "drama": "marriage trial silence mother | arguments confessions speeches memories",
-    "story": "plot script ending story pacing premise finale | subplots scenes dialogues",
-    "people": "cast acting lead villain hero narrator | actors performances characters extras",
-    "look": "score photography lighting editing soundtrack | sets effects visuals colors stunts "
-    "props",
+    "western": "desert sheriff showdown | horses shootouts duels",
+    "comedy": "timing slapstick banter | jokes gags sketches",
+    "horror": "monster suspense ghost | scares shadows zombies",
+    "romance": "chemistry kiss wedding | lovers letters vows",
+    "mystery": "detective puzzle culprit | clues twists suspects",
+    "craft": "plot script ending pacing cast acting hero villain score photography editing | "
+    "scenes dialogues actors characters effects",
     "film": "film movie | details ideas",
 }
 
@@ -89,41 +82,31 @@ ADJECTIVES = {
     "magnificent .8, outstanding .8, ordinary -.3, uneven -.3, bland -.3, weak -.4, bad -.4, "
     "dull -.5, poor -.5, lifeless -.6, forgettable -.6, boring -.6, terrible -.8, dreadful -.8, "
     "awful -.8, abysmal -.8, horrible -.8, pathetic -.8",
-    "story": "coherent .3, tight .4, fresh .4, clever .5, surprising .5, satisfying .6, "
-    "gripping .7, thin -.4, slow -.4, predictable -.4, muddled -.5, contrived -.5, tedious -.6, "
-    "pointless -.7",
-    "people": "natural .4, likable .4, convincing .5, charming .6, magnetic .7, stiff -.4, "
-    "wooden -.5, shallow -.5, annoying -.6, insufferable -.7",
-    "look": "crisp .4, vivid .5, elegant .5, haunting .6, stunning .7, murky -.4, drab -.4, "
-    "cheap -.5, ugly -.6, hideous -.7",
-    "film": "respectable .3, original .5, touching .6, unforgettable .7, lazy -.4, messy -.4, "
+    "craft": "natural .4, coherent .4, crisp .4, clever .5, convincing .5, vivid .5, haunting .6, "
+    "charming .6, satisfying .6, stunning .7, gripping .7, slow -.4, clumsy -.4, cheap -.4, "
+    "muddled -.5, wooden -.5, lazy -.5, tedious -.6, annoying -.6, ugly -.6, pointless -.7, "
+    "hideous -.7",
+    "film": "respectable .3, original .5, touching .6, unforgettable .7, shapeless -.4, messy -.4, "
     "soulless -.6, unbearable -.7",
-    "western": "authentic .5, thrilling .7, dated -.4, clumsy -.6",
+    "western": "authentic .5, thrilling .7, dated -.4, dusty -.6",
     "comedy": "playful .5, hilarious .7, stale -.4, unfunny -.6",
     "horror": "eerie .5, terrifying .7, tame -.4, laughable -.6",
     "romance": "sweet .5, passionate .7, cold -.4, corny -.6",
     "mystery": "intricate .5, ingenious .7, obvious -.4, absurd -.6",
-    "musical": "graceful .5, dazzling .7, awkward -.4, shrill -.6",
-    "fantasy": "imaginative .5, enchanting .7, generic -.4, childish -.6",
-    "drama": "sincere .5, powerful .7, stagy -.4, hollow -.6",
 }
 VERBS = {
     "any": "*worked .4, *surprised me .4, *held my attention .5, *impressed me .6, "
     "*won me over .6, *stole the show .7, *delighted me .7, *puzzled me -.3, *dragged -.4, "
     "*missed the mark -.5, *bored me -.6, *let me down -.5, *fell flat -.6, *annoyed me -.6, "
     "*ruined the evening -.8",
-    "story": "*intrigued me .5, *gripped me .6, *confused me -.4, *tired me -.5",
-    "people": "*shone .5, *touched me .6, *stumbled -.4, *irritated me -.5",
-    "look": "*sparkled .5, *enthralled me .6, *distracted me -.4, *offended me -.5",
+    "craft": "*intrigued me .5, *sparkled .5, *touched me .6, *confused me -.4, "
+    "*distracted me -.4, *irritated me -.5",
     "film": "*captivated me .6, *exhausted me -.6",
     "western": "*excited me .6, lacked *grit -.5",
     "comedy": "made me *laugh .6, made me *cringe -.5",
     "horror": "gave me *chills .6, made me *yawn -.5",
     "romance": "*warmed my heart .6, lacked *passion -.5",
     "mystery": "kept me *guessing .6, lacked *logic -.5",
-    "musical": "made me *dance .6, hurt my *ears -.5",
-    "fantasy": "*enchanted me .6, lacked *wonder -.5",
-    "drama": "*moved me .6, lacked *heart -.5",
 }
 REACTIONS = {
     "liked": "*liked .4, *enjoyed .5, *admired .5, *loved .7, *disliked -.4, *resented -.5, "
@@ -143,7 +126,7 @@ INTENSITY = {
 # ---------------------------------------------------------------- grammar
 # An alternative is (weight, tilt, expansion): at mood m its weight is weight * exp(tilt * m).
 # The rules are those of the good side; with + and - swapped they are those of the bad side. TOPIC
-# stands for thing (of the genre), story, people, look or film; craft is any of the middle three.
+# stands for thing (of the genre), craft or film.
 
 CHOICES = {
     "but": "but but yet", "although": "although although though", "negation": "not never hardly",
@@ -261,13 +244,10 @@ def list_rules(genre):
     rules["kind"] = [(1, 0, "film"), (1, 0, "movie"), (2, 0, KINDS.get(genre, genre))]
     for topic in ("thing", "craft"):
         rules[f"about {topic}"] = about(topic, ABOUT + mirror(ABOUT))
-    for topic in ("thing", "story", "people", "look", "film"):
+    for topic in ("thing", "craft", "film"):
         rules |= topic_rules(topic, genre if topic == "thing" else topic)
     for sign in "+-":
         rules[f"any{sign}"] = word_rules(sign, ADJECTIVES["any"])
-        rules[f"craft{sign}"] = [
-            (1, 0, f"<{topic}{sign}>") for topic in ("story", "people", "look")
-        ]
         rules |= {symbol + sign: word_rules(sign, line) for symbol, line in REACTIONS.items()}
     return rules
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import regex
+from safetensors import safe_open
 from safetensors.flax import load_file, save_file
 
 import gpt2
@@ -103,20 +104,22 @@ def test_logits_from_leaves_out_the_first_columns(tiny, goldens):
     np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=2e-5)
 
 
-def test_remat_gives_the_same_gradients(tiny, goldens):
-    golden = goldens("gpt2_forward")
-    tokens, mask = golden["right_input_ids"], golden["right_attention_mask"]
+def test_remat_gives_the_same_gradients(toy):
+    tokens = np.array([[1, 2, 3, 4, 5, 6]], np.int32)
+    gradients, programs = [], []
+    for remat in (False, True):
+        config = dataclasses.replace(toy[0], remat=remat)
 
-    def gradient(config):
-        def loss(params):
-            logits = GPT2(config).apply({"params": params}, tokens, mask)
-            return jnp.sum(gpt2.token_logprobs(logits[:, :-1], tokens[:, 1:]) * mask[:, 1:])
+        def loss(params, config=config):
+            logits = GPT2(config).apply({"params": params}, tokens, np.ones_like(tokens))
+            return gpt2.token_logprobs(logits[:, :-1], tokens[:, 1:]).sum()
 
-        return jax.jit(jax.grad(loss))(tiny[1])
-
-    plain, remat = (gradient(dataclasses.replace(tiny[0], remat=r)) for r in (False, True))
-    assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 0.1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+        gradients.append(jax.jit(jax.grad(loss))(toy[1]))
+        programs.append(str(jax.make_jaxpr(loss)(toy[1])))
+    assert ["remat" in p or "checkpoint" in p for p in programs] == [False, True]
+    assert max(np.abs(x).max() for x in jax.tree.leaves(gradients[0])) > 0.1
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, *gradients)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.15), ("float16", 0.02)])
@@ -133,7 +136,7 @@ def test_half_precision_stays_close(tiny, goldens, dtype, tolerance):
 # -------------------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 2])
 def test_greedy_tokens_and_logprobs_equal_hugging_face(tiny, goldens, number):
     """The log-probabilities at temperature 0 are those at temperature 1."""
     golden = goldens("gpt2_generate")
@@ -433,6 +436,8 @@ def test_save_and_load_round_trip(tmp_path, source):
     for name in files:
         first, second = (tmp_path / "a" / "model" / name), (tmp_path / "b" / name)
         assert first.read_bytes() == second.read_bytes(), name
+    with safe_open(tmp_path / "b" / "model.safetensors", "flax") as file:
+        assert file.metadata() == {"format": "pt"}  # some versions of transformers insist on it
     written = json.loads((tmp_path / "b" / "config.json").read_text())
     kind = "GPT2ForSequenceClassification" if source == REWARD_TINY else "GPT2LMHeadModel"
     assert written["architectures"] == [kind]

@@ -257,6 +257,16 @@ def test_reward_model_where_pad_would_be_eos(tmp_path, rows, files):
     np.testing.assert_array_equal(scores_here(loaded_config, loaded, tokens, mask), expected)
 
 
+def test_pad_token_of_a_model_with_more_rows_than_tokens(tmp_path):
+    """Tables are often padded to a round size: [PAD] must have one id in config and tokenizer."""
+    config, params = random_reward_model(1500, eos_token_id=1406)
+    params, config = reward.add_pad_token(params, config, TOKENIZER, tmp_path / "tokenizer")
+    assert params["wte"]["embedding"].shape[0] == config.vocab_size > config.pad_token_id
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    ours = reward.load_tokenizer(tmp_path / "tokenizer")
+    assert theirs.pad_token_id == ours.encode_single_token("[PAD]") == config.pad_token_id
+
+
 def test_a_reward_model_whose_pad_is_eos_is_read_one_token_early(tmp_path, rows):
     """What the added token is for: without it transformers and we disagree."""
     config, params = random_reward_model(1408, eos_token_id=1406, pad_token_id=1406)

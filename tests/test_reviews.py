@@ -99,7 +99,7 @@ def test_two_draws_for_one_prompt_differ(files):
 
 def test_words_are_neither_too_many_nor_too_rare(files):
     counts = Counter(w for row in files["sft_train"] for w in reviews.to_words(row["completion"]))
-    assert 350 <= len(counts) <= 600
+    assert 250 <= len(counts) <= 600
     assert min(counts.values()) >= 30
 
 
@@ -338,7 +338,7 @@ def test_a_prompt_of_another_kind_is_refused():
         (" the horses were not boring.", 0.3 / 2),
         (" the horses were not superb.", -0.4 / 2),
         (" the horses never fell flat.", 0.3 / 2),
-        (" the horses hardly moved me.", -0.3 / 2),
+        (" the horses hardly touched me.", -0.3 / 2),
         (" the horses were far from dreadful.", 0.4 / 2),
         (" it wasn't a bad film.", 0.2 / 2),
         (" I would never watch it again.", -0.25 / 2),
@@ -346,12 +346,12 @@ def test_a_prompt_of_another_kind_is_refused():
         (" the horses were not dull, and the plot was good.", (0.25 + 0.4) / 2 / 2),
         # two opinions: their mean; a contrast weighs its second part, or its main clause, double
         (" the horses were superb and thrilling.", 0.75 / 2),
-        (" the horses were superb, and the plot was thin.", (0.8 - 0.4) / 2 / 2),
-        (" the horses were superb, but the plot was thin.", (0.8 - 2 * 0.4) / 3 / 2),
-        (" the horses were superb, yet the plot was thin.", (0.8 - 2 * 0.4) / 3 / 2),
-        (" although the plot was thin, the horses were superb.", (2 * 0.8 - 0.4) / 3 / 2),
-        (" the horses were superb, though the plot was thin.", (2 * 0.8 - 0.4) / 3 / 2),
-        (" the horses were superb and thrilling, but the plot was thin.", (1.5 - 0.8) / 4 / 2),
+        (" the horses were superb, and the plot was slow.", (0.8 - 0.4) / 2 / 2),
+        (" the horses were superb, but the plot was slow.", (0.8 - 2 * 0.4) / 3 / 2),
+        (" the horses were superb, yet the plot was slow.", (0.8 - 2 * 0.4) / 3 / 2),
+        (" although the plot was slow, the horses were superb.", (2 * 0.8 - 0.4) / 3 / 2),
+        (" the horses were superb, though the plot was slow.", (2 * 0.8 - 0.4) / 3 / 2),
+        (" the horses were superb and thrilling, but the plot was slow.", (1.5 - 0.8) / 4 / 2),
         # sentences: sum / (number + 1), so the best review has three of them
         (" the horses were superb. The plot was gripping.", (0.8 + 0.7) / 3),
         (" the horses were superb. It was raining that day.", 0.8 / 3),

@@ -1,0 +1,454 @@
+"""Bad input to sft.py, reward.py and ppo.py: one sentence, exit status 2; and --help."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from test_runs import ROOT, SCRIPTS, first_rows, make_inputs, metrics_of, small_args, write_jsonl
+
+import ppo
+import reward
+import sft
+
+HELP = ["gpt2", "sft", "reward", "ppo", "evaluate"]
+names = [script.__name__ for script in SCRIPTS]
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=names)
+REWARDS = """
+def short(completions, **_):
+    return [1.0]
+
+def broken(completions, **_):
+    return [1 / 0 for _ in completions]
+
+def nan(completions, **_):
+    return [float("nan")] * len(completions)
+
+def words(completions, **_):
+    return ["good"] * len(completions)
+
+def needs(completions, **_):
+    return [1.0] * len(completions) + answer
+
+def strict(prompts, completions):
+    return [1.0] * len(completions)
+
+def none(completions, **_):
+    return [None] * len(completions)
+
+def one(completions, **_):
+    return [1.0] * len(completions)
+
+def index(prompts, completions, number, **_):
+    return [n / 10 for n in number]
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(REWARDS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def refused(inputs, tmp_path, error_line):
+    """refused(script, **changes) -> the line by which the script refuses these arguments."""
+
+    def call(script, **changes):
+        message = error_line(script.main, small_args(script, inputs, tmp_path / "run", **changes))
+        assert not (tmp_path / "run" / "model").exists()
+        return message
+
+    return call
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def fields_of(script):
+    return {sft: ["prompt", "completion"], reward: ["prompt", "chosen", "rejected"]}.get(
+        script, ["prompt"]
+    )
+
+
+def rows_of(script):
+    kind = {sft: "sft", reward: "preferences", ppo: "prompts"}[script]
+    return first_rows(f"{kind}_train", 12)
+
+
+@pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
+@each_script
+def test_a_line_that_is_not_json(script, flag, refused, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows_of(script))
+    lines = path.read_text("utf-8").splitlines(True)
+    path.write_text("".join([*lines[:4], lines[4][:-9] + "\n", *lines[5:]]), "utf-8")
+    message = refused(script, **{flag: str(path)})
+    assert f"{path}, line 5 " in message and "JSON" in message
+
+
+@each_script
+def test_a_lacking_field(script, refused, tmp_path):
+    for name in fields_of(script):
+        rows = rows_of(script)
+        del rows[6][name]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        message = refused(script, dataset=str(path))
+        assert f"{path}, line 7 " in message and name in message
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", "null"])
+def test_a_line_that_is_no_object(line, refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    assert "rows.jsonl, line 1 " in refused(sft, dataset=str(tmp_path / "rows.jsonl"))
+
+
+@each_script
+def test_a_field_that_is_not_text(script, refused, tmp_path):
+    rows = rows_of(script)
+    rows[2]["prompt"] = ["a", "list"]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = refused(script, dataset=str(path))
+    assert f"{path}, line 3" in message and '"prompt"' in message
+
+
+@pytest.mark.parametrize("script", [sft, reward], ids=["sft", "reward"])
+def test_an_empty_completion(script, refused, tmp_path):
+    name = fields_of(script)[-1]
+    rows = rows_of(script)
+    rows[3][name] = ""
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = refused(script, dataset=str(path))
+    assert f"{path}, line 4" in message and f'"{name}"' in message and "empty" in message
+
+
+def test_a_margin_that_is_no_number(refused, tmp_path):
+    rows = rows_of(reward)
+    rows[1]["margin"] = "large"
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert "margin" in refused(reward, dataset=str(path))
+
+
+@pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
+@each_script
+def test_an_empty_or_missing_file(script, flag, refused, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert str(path) in refused(script, **{flag: str(path)})
+    path.write_text("")
+    assert f"{path} holds no rows" in refused(script, **{flag: str(path)})
+
+
+@each_script
+def test_too_few_rows_for_a_batch(script, refused, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows_of(script)[:3])
+    message = refused(script, dataset=str(path))
+    assert "3 rows" in message and "--batch-size" in message
+
+
+def test_prompts_that_are_too_long(refused, inputs, tmp_path, capsys):
+    """ppo.py drops and counts them, and stops where none is left."""
+    message = refused(ppo, max_prompt_length=2)
+    assert "--max-prompt-length 2" in message
+    rows = first_rows("prompts_train", 10)
+    rows[3]["prompt"] = rows[7]["prompt"] = "word " * 40
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ppo.main(small_args(ppo, inputs, tmp_path / "run", dataset=str(path), steps=1))
+    assert "10 prompts: 2 dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [sft, reward], ids=["sft", "reward"])
+def test_completions_that_are_too_long(script, refused, capsys, tmp_path):
+    message = refused(script, max_completion_length=2)
+    assert "--max-completion-length 2" in message
+    rows = rows_of(script)
+    rows[0][fields_of(script)[-1]] = " word" * 100
+    rows[1]["prompt"] = "word " * 100
+    rows[2]["prompt"] = "word " * 100
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    # A batch that cannot be filled ends the run once the rows are counted.
+    message = refused(script, dataset=str(path), batch_size=12)
+    assert "11 rows" in message
+
+
+def test_what_is_dropped_and_shortened_is_said(inputs, tmp_path, capsys):
+    rows = rows_of(sft)
+    rows[0]["completion"] = " word" * 100
+    rows[1]["prompt"] = rows[2]["prompt"] = "word " * 100
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    args = small_args(sft, inputs, tmp_path / "run", dataset=str(path), batch_size=12)
+    with pytest.raises(SystemExit):
+        sft.main(args)
+    assert "12 rows: 1 dropped as too long, 2 prompts shortened" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ models
+
+
+@each_script
+def test_a_missing_model_names_the_script_to_run(script, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused(script, model="runs/sft/model")
+    assert "no model at runs/sft/model" in message and "`python sft.py`" in message
+    if script is ppo:
+        message = refused(ppo, reward_model=None)
+        assert "no model at runs/reward/model" in message and "`python reward.py`" in message
+
+
+@each_script
+def test_a_model_that_is_not_gpt2(script, refused, inputs, tmp_path):
+    copy_model(inputs / "lm", tmp_path / "other", model_type="llama")
+    message = refused(script, model=str(tmp_path / "other"))
+    assert "model_type" in message and "llama" in message
+
+
+def copy_model(source, folder, tokenizer=None, **changes):
+    """A copy of a model folder with some entries of config.json changed."""
+    config, params = sft.load_model(source)
+    sft.save_model(folder, config, params, tokenizer or source)
+    file = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(file | changes), "utf-8")
+
+
+@each_script
+def test_token_ids_outside_the_vocabulary(script, refused, inputs, tmp_path):
+    config, params = sft.load_model(inputs / "lm")
+    size = config.vocab_size - 5
+    params = params | {"wte": {"embedding": params["wte"]["embedding"][:size]}}
+    config = dataclasses.replace(config, vocab_size=size)
+    sft.save_model(tmp_path / "small", config, params, inputs / "lm")
+    message = refused(script, model=str(tmp_path / "small"))
+    assert str(size) in message and str(size + 4) in message
+
+
+@each_script
+def test_more_tokens_than_positions(script, refused):
+    message = refused(script, max_prompt_length=40, max_completion_length=25)
+    assert "65 tokens" in message and "64 positions" in message
+    assert "--max-prompt-length" in message and "--max-completion-length" in message
+
+
+def test_a_critic_with_too_few_positions(refused, inputs, tmp_path):
+    """The reward model reads whole sequences, too."""
+    config, params = sft.load_model(inputs / "scorer")
+    params = params | {"wpe": {"embedding": params["wpe"]["embedding"][:20]}}
+    config = dataclasses.replace(config, n_positions=20)
+    sft.save_model(tmp_path / "short", config, params, inputs / "scorer")
+    message = refused(ppo, reward_model=str(tmp_path / "short"))
+    assert "24 tokens" in message and "20 positions" in message
+
+
+def test_a_reward_model_without_a_score(refused, inputs):
+    message = refused(ppo, reward_model=str(inputs / "lm"))
+    assert "is not a reward model" in message and str(inputs / "lm") in message
+
+
+@each_script
+def test_a_reward_model_as_the_language_model(script, refused, inputs):
+    """A tree with a score and no language-model head is no policy."""
+    message = refused(script, model=str(inputs / "scorer"))
+    assert str(inputs / "scorer") in message
+
+
+def test_a_reward_model_with_another_tokenizer(refused, inputs, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    file = json.loads((inputs / "lm" / "tokenizer.json").read_text("utf-8"))
+    merges = file["model"]["merges"]
+    last = "".join(merges.pop() if isinstance(merges[-1], list) else merges.pop().split(" "))
+    del file["model"]["vocab"][last]
+    (folder / "tokenizer.json").write_text(json.dumps(file), "utf-8")
+    copy_model(inputs / "scorer", tmp_path / "other", tokenizer=folder)
+    message = refused(ppo, reward_model=str(tmp_path / "other"))
+    assert "tokenizers" in message and "differ" in message
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+@each_script
+def test_batch_sizes_that_do_not_divide(script, refused):
+    message = refused(script, micro_batch_size=3)
+    assert "--micro-batch-size 3" in message and "--batch-size" in message
+
+
+def test_minibatches_that_do_not_divide(refused):
+    assert "--num-minibatches 3" in refused(ppo, num_minibatches=3)
+
+
+def test_micro_batches_that_do_not_divide_a_minibatch(refused):
+    message = refused(ppo, num_minibatches=4)  # minibatches of 2, micro-batches of 4
+    assert "--micro-batch-size 4" in message
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        ("broken", ["broken", "ZeroDivisionError"]),
+        ("needs", ["needs", "NameError"]),
+        ("short", ["short", "12"]),
+        ("nan", ["nan", "finite"]),
+        ("words", ["words", "ValueError"]),
+        ("absent", ["my_rewards.py", "absent"]),
+    ],
+)
+def test_reward_functions_that_fail(function, words, refused, rewards):
+    message = refused(ppo, reward=(f"{rewards}:{function}",))
+    assert all(word in message for word in words)
+    if function != "absent":
+        message = refused(ppo, gold=f"{rewards}:{function}", overwrite=True)
+        assert all(word in message for word in words)
+
+
+def test_a_reward_function_that_refuses_columns(refused, rewards, tmp_path):
+    """TRL's rule: a function must accept the columns that it does not use."""
+    rows = [row | {"stars": 4} for row in first_rows("prompts_test", 12)]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    message = refused(ppo, reward=(f"{rewards}:strict",), eval_dataset=str(path))
+    assert "strict" in message and "stars" in message
+
+
+def test_a_reward_file_that_fails(refused, tmp_path):
+    assert "absent.py" in refused(ppo, reward=(f"{tmp_path}/absent.py:f",))
+    assert "file.py:function" in refused(ppo, reward=("good",))
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    assert "syntax.py" in refused(ppo, reward=(f"{tmp_path}/syntax.py:f",))
+
+
+def test_reward_weights_and_rewards_differ_in_number(refused, rewards):
+    message = refused(ppo, reward=(f"{rewards}:one",), reward_weight=(1.0, 2.0))
+    assert "--reward-weight" in message and "1 times" in message and "2 times" in message
+
+
+def test_rewards_are_weighted_and_none_counts_nothing(inputs, rewards, tmp_path):
+    """Two functions and the learned reward add up; the data's columns reach the functions."""
+    rows = [row | {"number": i} for i, row in enumerate(first_rows("prompts_test", 12))]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    functions = tuple(f"{rewards}:{name}" for name in ("index", "none", "one"))
+    paths = {"dataset": str(path), "eval_dataset": str(path)}
+    changes = paths | {"steps": 1, "reward_model": None, "missing_eos_penalty": 0.25}
+    weights = {"reward": functions, "reward_weight": (3.0, 5.0, 7.0)}
+    ppo.main(small_args(ppo, inputs, tmp_path / "run", **changes, **weights))
+    lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
+    samples = [json.loads(line) for line in lines][:12]
+    bonus = [round(s["score"] - 0.3 * i - 7, 5) for i, s in enumerate(samples)]
+    assert set(bonus) <= {0.0, -0.25} and -0.25 in bonus
+
+
+# ------------------------------------------------------------------------------ the run itself
+
+
+@each_script
+def test_a_loss_that_is_not_finite_stops_the_run(script, refused, tmp_path, monkeypatch):
+    train_step, calls = script.train_step, itertools.count(1)
+    name = "loss/policy_avg" if script is ppo else "loss"
+
+    def poisoned(state, *rest):
+        state, metrics = train_step(state, *rest)
+        return state, metrics | ({name: jnp.float32("nan")} if next(calls) == 3 else {})
+
+    monkeypatch.setattr(script, "train_step", poisoned)
+    message = refused(script)
+    assert f"{name} is not finite at step 3" in message and "--learning-rate" in message
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert math.isfinite(rows[2][name]) and math.isnan(rows[3][name])
+
+
+def test_a_learning_rate_that_blows_up_stops_the_run(refused, tmp_path):
+    message = refused(sft, learning_rate=1e30, warmup_steps=0)
+    step = int(re.search(r"at step (\d+)", message)[1])
+    assert metrics_of(tmp_path / "run")[-1]["step"] == step < 8
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_between_two_lines_stops_the_run(
+    inputs, tmp_path, monkeypatch, error_line
+):
+    """No checkpoint may hold what such a loss has made of the parameters."""
+    args = small_args(
+        sft, inputs, tmp_path / "run", learning_rate=1e30, warmup_steps=0, log_every=100
+    )
+    args = dataclasses.replace(args, eval_every=100, save_every=1)
+    assert "not finite" in error_line(sft.main, args)
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    if checkpoint.exists():
+        saved = sft.load_file(checkpoint)
+        assert all(bool(jnp.isfinite(x).all()) for x in saved.values())
+
+
+def test_a_few_held_out_pairs_are_enough(inputs, tmp_path):
+    """reward.py groups held-out pairs by confidence, and has fewer of them than groups here."""
+    path = write_jsonl(tmp_path / "pairs.jsonl", first_rows("preferences_test", 3))
+    args = small_args(reward, inputs, tmp_path / "run", eval_dataset=str(path), epochs=1)
+    reward.main(args)
+    assert 0 <= metrics_of(tmp_path / "run")[0]["eval/calibration_error"] <= 1
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def run_python(*arguments):
+    """A process in the scripts' folder, with nothing set that could import JAX early."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "100"},
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_names_every_flag_and_does_not_import_jax(name):
+    code = """
+import runpy, sys
+try:
+    sys.argv = [sys.argv[1], "--help"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    heavy = {"jax", "flax", "optax", "numpy", "tiktoken"} & set(sys.modules)
+    print("imported:", sorted(heavy), file=sys.stderr)
+"""
+    result = run_python("-c", code, f"{name}.py")
+    assert result.returncode == 0 and result.stderr == "imported: []\n"
+    fields = dataclasses.fields(__import__(name).Args)
+    for field in fields:
+        assert "--" + field.name.replace("_", "-") in result.stdout
+    assert len(fields) >= 10 and f"python {name}.py" in result.stdout
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_a_mistyped_flag_suggests_the_right_one(name):
+    result = run_python(f"{name}.py", "--temprature", "1.0")
+    assert result.returncode == 2 and "--temperature" in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", names)
+def test_an_error_in_a_process(name, tmp_path):
+    """What the other tests see as SystemExit: one line on stderr, status 2, no run folder left."""
+    line = [sys.executable, str(ROOT / f"{name}.py"), "--model", "runs/absent/model"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: no model at runs/absent/model")
+    assert result.stderr.count("\n") == 1 and list(Path(tmp_path).iterdir()) == []
