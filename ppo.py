@@ -562,10 +562,11 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 fail(f"{self.path} is not empty and not a run: pass another --run-dir")
         elif self.overwrite:
-            inputs = {k: v for k, v in self.args.items() if k != "run_dir" and isinstance(v, str)}
-            for name, value in inputs.items():
-                if self.path.resolve() in [Path(value).resolve(), *Path(value).resolve().parents]:
-                    fail(f"--overwrite would remove {value}, which --{name} reads")
+            inputs = [v for k, v in self.args.items() if k != "run_dir"]
+            for value in inputs + [x for v in inputs if isinstance(v, list) for x in v]:
+                place = Path(str(value).split(":")[0]).resolve()
+                if self.path.resolve() in [place, *place.parents]:
+                    fail(f"--overwrite would remove {value}, from which this run reads")
         elif not resume:
             ways = "--resume to go on with it, --overwrite to replace it, or another --run-dir"
             fail(f"{self.path} holds a run: pass {ways}")
@@ -607,14 +608,16 @@ class RunFolder:
     def log(self, step, metrics, *shown):
         """One line in metrics.jsonl and in TensorBoard; the metrics `shown` go to the screen."""
         metrics = {name: float(value) for name, value in metrics.items()}
-        self.append("metrics.jsonl", {"step": step, **metrics})
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        row = {"step": step, **metrics, **dict.fromkeys(bad)}  # JSON has null, but no NaN
+        self.append("metrics.jsonl", row)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         self.bar.update(self.task, completed=step, shown=text)
         if not self.bar.console.is_terminal:
             print(f"{self.path} step {step}  {text}", flush=True)
-        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        if bad:
             self.bar.stop()
             cause = "usually --learning-rate is too high or --warmup-steps too low"
             fail(f"{bad[0]} is not finite at step {step}; {cause}")
@@ -629,9 +632,9 @@ class RunFolder:
         self.files[name].write(json.dumps(row) + "\n")
         self.files[name].flush()
 
-    def due(self, step, every):
-        """Whether something is done at this step: every so often, and at the last one."""
-        return step % every == 0 or step == self.total_steps
+    def due(self, step, *every):
+        """Whether one of these intervals ends at this step; the last step ends all of them."""
+        return step == self.total_steps or any(step % interval == 0 for interval in every)
 
     def save(self, step, state):
         """Writes the train state, whole or not at all; the step stands in the file's header."""
@@ -1128,7 +1131,7 @@ def main(args):
         metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
-        if run.due(step, args.log_every) or run.due(step, args.eval_every):
+        if run.due(step, args.log_every, args.eval_every, args.save_every):
             run.log(step, metrics, "objective/scores", "objective/kl", "gold/reward")
         if run.due(step, args.save_every):
             run.save(step, state)

@@ -19,6 +19,10 @@ import reward
 
 pytestmark = pytest.mark.parity
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "reviews" / "tokenizer"
+EOS_ID, PAD_ID = (
+    t["id"] for t in json.loads((TOKENIZER / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+)
+SIZE = PAD_ID + 1
 SHAPE = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
@@ -159,7 +163,7 @@ def write_vocab_and_merges(folder):
 def test_token_ids_equal_those_of_transformers(tmp_path, files):
     """Of a folder saved here, of the same saved again by transformers, and with an added [PAD]."""
     source = TOKENIZER if files == "tokenizer.json" else write_vocab_and_merges(tmp_path / "source")
-    config = gpt2.GPT2Config(vocab_size=1408, n_positions=4, n_embd=4, n_layer=1, n_head=1)
+    config = gpt2.GPT2Config(vocab_size=SIZE, n_positions=4, n_embd=4, n_layer=1, n_head=1)
     one = jnp.ones((1, 1), jnp.int32)
     params = jax.jit(gpt2.GPT2(config).init)(jax.random.key(0), one, one)["params"]
     gpt2.save_model(tmp_path / "ours", config, params, source)
@@ -168,12 +172,12 @@ def test_token_ids_equal_those_of_transformers(tmp_path, files):
     texts = random_unicode(2000)
     ids = [ours.encode_ordinary(text) for text in texts]
     assert ids == theirs(texts, add_special_tokens=False)["input_ids"]
-    assert theirs.eos_token_id == ours.eot_token == 1406 and len(theirs) == ours.n_vocab
+    assert theirs.eos_token_id == ours.eot_token == EOS_ID and len(theirs) == ours.n_vocab
 
     theirs.add_special_tokens({"pad_token": "[PAD]"})
     theirs.save_pretrained(tmp_path / "theirs")
     again = gpt2.load_tokenizer(tmp_path / "theirs")
-    assert again.encode_single_token("[PAD]") == theirs.pad_token_id == 1408
+    assert again.encode_single_token("[PAD]") == theirs.pad_token_id == SIZE
     assert [again.encode_ordinary(text) for text in texts] == ids
 
 
@@ -222,12 +226,12 @@ def ending_in(tokens, mask, eos_id):
 
 
 def test_reward_model_with_a_pad_token_of_its_own(tmp_path, rows):
-    config, params = random_reward_model(1408, eos_token_id=1406, pad_token_id=1407)
-    tokens, mask = ending_in(*rows, 1406), rows[1]
+    config, params = random_reward_model(SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    tokens, mask = ending_in(*rows, EOS_ID), rows[1]
     reward.save_model(tmp_path / "m", config, params, TOKENIZER)
     expected = scores_here(config, params, tokens, mask)
     assert expected.std() > 0.1
-    assert_transformers_gives_the_same_scores(tmp_path / "m", 1407, tokens, mask, expected)
+    assert_transformers_gives_the_same_scores(tmp_path / "m", PAD_ID, tokens, mask, expected)
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
@@ -240,18 +244,18 @@ def test_reward_model_where_pad_would_be_eos(tmp_path, rows, files):
         for path in source.iterdir():
             path.unlink()
         (source / "tokenizer.json").write_text(json.dumps(file), "utf-8")
-    config, params = random_reward_model(1408, eos_token_id=1406)
-    tokens, mask = ending_in(*rows, 1406), rows[1]
+    config, params = random_reward_model(SIZE, eos_token_id=EOS_ID)
+    tokens, mask = ending_in(*rows, EOS_ID), rows[1]
     expected = scores_here(config, params, tokens, mask)
     new_params, new_config = reward.add_pad_token(params, config, source, tmp_path / "tokenizer")
     pad_id = new_config.pad_token_id
-    assert pad_id == 1408 and new_config.vocab_size == 1409
+    assert pad_id == SIZE and new_config.vocab_size == SIZE + 1
     reward.save_model(tmp_path / "m", new_config, new_params, tmp_path / "tokenizer")
     assert_transformers_gives_the_same_scores(tmp_path / "m", pad_id, tokens, mask, expected)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     ours = reward.load_tokenizer(tmp_path / "m")
     assert theirs.pad_token_id == ours.encode_single_token("[PAD]") == pad_id
-    assert len(theirs) == ours.n_vocab == 1409
+    assert len(theirs) == ours.n_vocab == SIZE + 1
     assert theirs("a good film.")["input_ids"] == ours.encode_ordinary("a good film.")
     loaded_config, loaded = reward.load_model(tmp_path / "m")
     np.testing.assert_array_equal(scores_here(loaded_config, loaded, tokens, mask), expected)
@@ -259,7 +263,7 @@ def test_reward_model_where_pad_would_be_eos(tmp_path, rows, files):
 
 def test_pad_token_of_a_model_with_more_rows_than_tokens(tmp_path):
     """Tables are often padded to a round size: [PAD] must have one id in config and tokenizer."""
-    config, params = random_reward_model(1500, eos_token_id=1406)
+    config, params = random_reward_model(SIZE + 50, eos_token_id=EOS_ID)
     params, config = reward.add_pad_token(params, config, TOKENIZER, tmp_path / "tokenizer")
     assert params["wte"]["embedding"].shape[0] == config.vocab_size > config.pad_token_id
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -269,18 +273,18 @@ def test_pad_token_of_a_model_with_more_rows_than_tokens(tmp_path):
 
 def test_a_reward_model_whose_pad_is_eos_is_read_one_token_early(tmp_path, rows):
     """What the added token is for: without it transformers and we disagree."""
-    config, params = random_reward_model(1408, eos_token_id=1406, pad_token_id=1406)
-    tokens, mask = ending_in(*rows, 1406), rows[1]
+    config, params = random_reward_model(SIZE, eos_token_id=EOS_ID, pad_token_id=EOS_ID)
+    tokens, mask = ending_in(*rows, EOS_ID), rows[1]
     reward.save_model(tmp_path / "m", config, params, TOKENIZER)
     model = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "m").eval()
-    theirs = torch_logits(model, np.where(mask > 0, tokens, 1406), mask)[:, 0]
+    theirs = torch_logits(model, np.where(mask > 0, tokens, EOS_ID), mask)[:, 0]
     assert np.abs(theirs - scores_here(config, params, tokens, mask)).max() > 0.1
 
 
 def test_normalised_reward_model_in_transformers(tmp_path, rows):
     """The gain and the shift stand in the weights, so transformers gives the normalised score."""
-    config, params = random_reward_model(1408, eos_token_id=1406, pad_token_id=1407)
-    tokens, mask = ending_in(*rows, 1406), rows[1]
+    config, params = random_reward_model(SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    tokens, mask = ending_in(*rows, EOS_ID), rows[1]
     raw = scores_here(config, params, tokens, mask)
     samples = np.random.default_rng(0).normal(-1.5, 0.4, size=(6, 5)).astype(np.float32)
     samples += np.arange(6, dtype=np.float32)[:, None]  # prompts differ, which must not count
@@ -290,7 +294,7 @@ def test_normalised_reward_model_in_transformers(tmp_path, rows):
     np.testing.assert_allclose(config.reward_gain, gain, rtol=1e-5)
     np.testing.assert_allclose(config.reward_gain * raw + config.reward_shift, expected, atol=1e-4)
     reward.save_model(tmp_path / "m", config, params, TOKENIZER)
-    assert_transformers_gives_the_same_scores(tmp_path / "m", 1407, tokens, mask, expected)
+    assert_transformers_gives_the_same_scores(tmp_path / "m", PAD_ID, tokens, mask, expected)
     written = json.loads((tmp_path / "m" / "config.json").read_text())
     assert written["reward_gain"] == config.reward_gain
     assert dataclasses.replace(reward.load_model(tmp_path / "m")[0]) == config
