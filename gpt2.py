@@ -90,8 +90,9 @@ def load_tokenizer(folder):
     if (folder / "tokenizer.json").exists():
         file = json.loads((folder / "tokenizer.json").read_text("utf-8"))
         model, split = file["model"], file.get("pre_tokenizer") or {}
-        kind = (model.get("type"), split.get("type"), split.get("add_prefix_space", False))
-        if kind != ("BPE", "ByteLevel", False) or file.get("normalizer"):
+        plain_split = split.get("use_regex", True) and not split.get("add_prefix_space")
+        kind = (model.get("type"), split.get("type"), plain_split, file.get("normalizer"))
+        if kind != ("BPE", "ByteLevel", True, None):
             fail(f"{folder}/tokenizer.json: only byte-level BPE, no normalizer, no prefix space")
         vocabulary, merges = model["vocab"], model["merges"]
         added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
@@ -436,8 +437,10 @@ def generate(
             token = jnp.argmax(filtered, axis=-1)  # [N]
         else:  # by the inverse of the distribution function: one random number a row, not V
             cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
+            cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
             uniform = jax.random.uniform(jax.random.fold_in(key, step), (len(filtered), 1))
-            token = jnp.sum(cumulative <= uniform * cumulative[:, -1:], axis=-1)  # [N]
+            threshold = uniform * cumulative.max(axis=-1, keepdims=True)  # [N, 1]
+            token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
         logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
         tokens = tokens.at[:, P + step].set(token)

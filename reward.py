@@ -115,8 +115,9 @@ def load_tokenizer(folder):
     if (folder / "tokenizer.json").exists():
         file = json.loads((folder / "tokenizer.json").read_text("utf-8"))
         model, split = file["model"], file.get("pre_tokenizer") or {}
-        kind = (model.get("type"), split.get("type"), split.get("add_prefix_space", False))
-        if kind != ("BPE", "ByteLevel", False) or file.get("normalizer"):
+        plain_split = split.get("use_regex", True) and not split.get("add_prefix_space")
+        kind = (model.get("type"), split.get("type"), plain_split, file.get("normalizer"))
+        if kind != ("BPE", "ByteLevel", True, None):
             fail(f"{folder}/tokenizer.json: only byte-level BPE, no normalizer, no prefix space")
         vocabulary, merges = model["vocab"], model["merges"]
         added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
@@ -688,8 +689,10 @@ def generate(
             token = jnp.argmax(filtered, axis=-1)  # [N]
         else:  # by the inverse of the distribution function: one random number a row, not V
             cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
+            cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
             uniform = jax.random.uniform(jax.random.fold_in(key, step), (len(filtered), 1))
-            token = jnp.sum(cumulative <= uniform * cumulative[:, -1:], axis=-1)  # [N]
+            threshold = uniform * cumulative.max(axis=-1, keepdims=True)  # [N, 1]
+            token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
         logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
         tokens = tokens.at[:, P + step].set(token)
@@ -844,8 +847,11 @@ def add_pad_token(params, config, tokenizer_folder, folder):
     Hugging Face's classifier reads the score before the first PAD: with PAD = EOS, one token early.
     Returns (params, config).
     """
-    pad_id, table = config.vocab_size, params["wte"]["embedding"]
-    params = params | {"wte": {"embedding": jnp.pad(table, ((0, 1), (0, 0)))}}
+    pad_id = load_tokenizer(tokenizer_folder).n_vocab  # transformers allows no gap before it
+    if pad_id >= config.vocab_size:
+        table = jnp.pad(params["wte"]["embedding"], ((0, 1), (0, 0)))
+        params = params | {"wte": {"embedding": table}}
+        config = dataclasses.replace(config, vocab_size=pad_id + 1)
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("*token*.json", "vocab.json", "merges.txt"):
         for file in find_model(tokenizer_folder).glob(pattern):
@@ -862,7 +868,7 @@ def add_pad_token(params, config, tokenizer_folder, folder):
     file = json.loads(path.read_text("utf-8")) if path.exists() else {}
     file = {"tokenizer_class": "GPT2Tokenizer"} | file | {"pad_token": "[PAD]"}
     path.write_text(json.dumps(file), "utf-8")
-    return params, dataclasses.replace(config, vocab_size=pad_id + 1, pad_token_id=pad_id)
+    return params, dataclasses.replace(config, pad_token_id=pad_id)
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "reviews"
-VOCAB_SIZE = 1152  # enough that nearly every word is one token
+VOCAB_SIZE = 1280  # enough that nearly every word is one token
 TAU = 0.08  # temperature of the preference labels, in units of the gold reward
 MOODS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 MOOD_SPREAD = 0.6  # standard deviation of the mood around what the prompt says
@@ -63,13 +63,14 @@ TITLE_NOUNS = """Harbor River Garden Road Mirror Bridge Island Train Window Towe
 # Singular | plural nouns: the things of each genre, and what every film has.
 
 NOUNS = {
-    "western": "desert sheriff showdown | horses shootouts duels",
-    "comedy": "timing slapstick banter | jokes gags sketches",
-    "horror": "monster suspense ghost | scares shadows zombies",
-    "romance": "chemistry kiss wedding | lovers letters vows",
-    "mystery": "detective puzzle culprit | clues twists suspects",
-    "craft": "plot script ending pacing cast acting hero villain score photography editing | "
-    "scenes dialogues actors characters effects",
+    "western": "desert sheriff showdown outlaw | horses shootouts duels cowboys",
+    "comedy": "timing slapstick banter wit | jokes gags sketches pranks",
+    "horror": "monster suspense ghost cellar | scares shadows zombies screams",
+    "romance": "chemistry kiss wedding proposal | lovers letters vows glances",
+    "mystery": "detective puzzle culprit alibi | clues twists suspects secrets",
+    "craft": "plot story script premise ending pacing cast acting hero villain lead narrator score "
+    "soundtrack photography editing | scenes dialogues actors characters performances sets visuals "
+    "effects",
     "film": "film movie | details ideas",
 }
 
@@ -77,15 +78,13 @@ NOUNS = {
 # those of the other lines with the nouns of the same name.
 
 ADJECTIVES = {
-    "any": "decent .3, solid .3, pleasant .3, good .4, nice .4, strong .5, lovely .5, great .6, "
-    "impressive .6, memorable .6, wonderful .8, excellent .8, brilliant .8, superb .8, "
-    "magnificent .8, outstanding .8, ordinary -.3, uneven -.3, bland -.3, weak -.4, bad -.4, "
-    "dull -.5, poor -.5, lifeless -.6, forgettable -.6, boring -.6, terrible -.8, dreadful -.8, "
-    "awful -.8, abysmal -.8, horrible -.8, pathetic -.8",
-    "craft": "natural .4, coherent .4, crisp .4, clever .5, convincing .5, vivid .5, haunting .6, "
-    "charming .6, satisfying .6, stunning .7, gripping .7, slow -.4, clumsy -.4, cheap -.4, "
-    "muddled -.5, wooden -.5, lazy -.5, tedious -.6, annoying -.6, ugly -.6, pointless -.7, "
-    "hideous -.7",
+    "any": "decent .3, solid .3, good .4, nice .4, strong .5, lovely .5, great .6, memorable .6, "
+    "wonderful .8, excellent .8, brilliant .8, superb .8, magnificent .8, ordinary -.3, bland -.3, "
+    "weak -.4, bad -.4, dull -.5, poor -.5, lifeless -.6, boring -.6, terrible -.8, dreadful -.8, "
+    "awful -.8, horrible -.8, pathetic -.8",
+    "craft": "natural .4, coherent .4, clever .5, convincing .5, vivid .5, haunting .6, "
+    "satisfying .6, stunning .7, gripping .7, slow -.4, cheap -.4, muddled -.5, wooden -.5, "
+    "lazy -.5, tedious -.6, ugly -.6, pointless -.7, hideous -.7",
     "film": "respectable .3, original .5, touching .6, unforgettable .7, shapeless -.4, messy -.4, "
     "soulless -.6, unbearable -.7",
     "western": "authentic .5, thrilling .7, dated -.4, dusty -.6",
@@ -96,9 +95,8 @@ ADJECTIVES = {
 }
 VERBS = {
     "any": "*worked .4, *surprised me .4, *held my attention .5, *impressed me .6, "
-    "*won me over .6, *stole the show .7, *delighted me .7, *puzzled me -.3, *dragged -.4, "
-    "*missed the mark -.5, *bored me -.6, *let me down -.5, *fell flat -.6, *annoyed me -.6, "
-    "*ruined the evening -.8",
+    "*won me over .6, *delighted me .7, *dragged -.4, *missed the mark -.5, *let me down -.5, "
+    "*bored me -.6, *fell flat -.6, *ruined the evening -.8",
     "craft": "*intrigued me .5, *sparkled .5, *touched me .6, *confused me -.4, "
     "*distracted me -.4, *irritated me -.5",
     "film": "*captivated me .6, *exhausted me -.6",

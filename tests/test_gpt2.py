@@ -719,6 +719,7 @@ def test_refuses_a_vocabulary_that_lacks_a_byte(tmp_path, bpe_file, error_line, 
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "prefix space"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "byte"),
         ({"pre_tokenizer": None}, "byte"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "byte"),
         ({"model": {"type": "WordPiece", "vocab": {}}}, "BPE"),
     ],
 )

@@ -1,6 +1,7 @@
-"""What must not matter does not: padding, micro-batches, a learning rate of 0; and the data path."""
+"""What must not matter does not: padding, micro-batches, a learning rate of 0; and the data."""
 
 import dataclasses
+import itertools
 import json
 import signal
 from types import SimpleNamespace
@@ -447,7 +448,7 @@ def test_encode_rows(tokenizer, capsys):
     kept, encoded = sft.encode_rows(rows, ["a", "b"], tokenizer, eos_id, 3, 20)
     assert kept == [rows[0], rows[2]]
     assert "3 rows: 1 dropped as too long, 1 prompts shortened" in capsys.readouterr().out
-    for row, (prompt, *completions) in zip(kept, encoded):
+    for row, (_, *completions) in zip(kept, encoded):
         for name, ids in zip("ab", completions):
             assert ids[-1] == eos_id and eos_id not in ids[:-1]
             assert tokenizer.decode(ids[:-1]) == row[name]
@@ -471,8 +472,8 @@ def test_every_token_of_a_text_is_a_target_once(tokenizer, size):
         text = " ".join(["film", "was", "good", "the"][i % 4] for i in range(count))
         ids = tokenizer.encode_ordinary(text)
         pieces = sft.encode_texts([{"text": text}], tokenizer, eos_id, size)
-        assert sum((piece for _, piece in pieces), []) == [*ids, eos_id]
-        before = sum(([*context, *piece[:-1]] for context, piece in pieces), [])
+        assert list(itertools.chain(*(piece for _, piece in pieces))) == [*ids, eos_id]
+        before = list(itertools.chain(*([*context, *piece[:-1]] for context, piece in pieces)))
         assert before == [eos_id, *ids]  # what stands before each target
         assert all(1 <= len(piece) <= size and len(context) == 1 for context, piece in pieces)
 
@@ -594,7 +595,9 @@ def test_calibration_error():
 def test_normalised_scores():
     """The folded model's score is gain * score + shift: mean 0, within-prompt deviation 1."""
     config, params = make_params(reward, reward.RewardModel, 0)
-    tokens, mask = reward.pad_rows([sum(row, []) for row in random_rows(24, 5, 12)], 20)
+    tokens, mask = reward.pad_rows(
+        [[*prompt, *answer] for prompt, answer in random_rows(24, 5, 12)], 20
+    )
     raw = np.asarray(reward.score_sequences(params, config, tokens, mask)).reshape(6, 4)
     raw = raw + np.linspace(0, 30, 6)[:, None]  # prompts differ much more than samples
     params["ln_f"] = params["ln_f"] | {"bias": params["ln_f"]["bias"] + 0.3}
@@ -625,7 +628,9 @@ def test_a_run_normalises_on_samples_of_its_start(inputs, tmp_path):
 def test_a_pad_token_keeps_the_scores(inputs, tmp_path):
     config, params = reward.load_model(inputs / "scorer")
     config = dataclasses.replace(config, pad_token_id=config.eos_token_id)
-    tokens, mask = reward.pad_rows([sum(row, []) for row in random_rows(6, 5, 12)], 20)
+    tokens, mask = reward.pad_rows(
+        [[*prompt, *answer] for prompt, answer in random_rows(6, 5, 12)], 20
+    )
     before = reward.score_sequences(params, config, tokens, mask)
     padded, new = reward.add_pad_token(params, config, inputs / "scorer", tmp_path / "tokenizer")
     assert new.pad_token_id == config.vocab_size == new.vocab_size - 1

@@ -333,7 +333,7 @@ def test_a_prompt_of_another_kind_is_refused():
         (" the horses were slightly dull.", -0.25 / 2),
         (" the horses were fairly good.", 0.3 / 2),
         (" the horses were truly superb.", 1.0 / 2),
-        (" the horses really stole the show.", 0.875 / 2),
+        (" the horses really delighted me.", 0.875 / 2),
         # negation flips and damps, up to the end of its clause
         (" the horses were not boring.", 0.3 / 2),
         (" the horses were not superb.", -0.4 / 2),
