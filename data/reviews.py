@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "reviews"
-VOCAB_SIZE = 1280  # enough that nearly every word is one token
+VOCAB_SIZE = 1248  # enough that nearly every word is one token
 TAU = 0.08  # temperature of the preference labels, in units of the gold reward
 MOODS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 MOOD_SPREAD = 0.6  # standard deviation of the mood around what the prompt says

@@ -171,7 +171,7 @@ def test_prompts_that_are_too_long(refused, inputs, tmp_path, capsys):
     rows = first_rows("prompts_train", 10)
     rows[3]["prompt"] = rows[7]["prompt"] = "word " * 40
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    ppo.main(small_args(ppo, inputs, tmp_path / "run", dataset=str(path), steps=1))
+    ppo.main(small_args(ppo, inputs, tmp_path / "run", dataset=str(path)))
     assert "10 prompts: 2 dropped" in capsys.readouterr().out
 
 
@@ -344,7 +344,7 @@ def test_rewards_are_weighted_and_none_counts_nothing(inputs, rewards, tmp_path)
     path = write_jsonl(tmp_path / "prompts.jsonl", rows)
     functions = tuple(f"{rewards}:{name}" for name in ("index", "none", "one"))
     paths = {"dataset": str(path), "eval_dataset": str(path)}
-    changes = paths | {"steps": 1, "reward_model": None, "missing_eos_penalty": 0.25}
+    changes = paths | {"reward_model": None, "missing_eos_penalty": 0.25}
     weights = {"reward": functions, "reward_weight": (3.0, 5.0, 7.0)}
     ppo.main(small_args(ppo, inputs, tmp_path / "run", **changes, **weights))
     lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
@@ -391,7 +391,7 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(refused, tmp_path):
 def test_a_few_held_out_pairs_are_enough(inputs, tmp_path):
     """reward.py groups held-out pairs by confidence, and has fewer of them than groups here."""
     path = write_jsonl(tmp_path / "pairs.jsonl", first_rows("preferences_test", 3))
-    args = small_args(reward, inputs, tmp_path / "run", eval_dataset=str(path), epochs=1)
+    args = small_args(reward, inputs, tmp_path / "run", eval_dataset=str(path))
     reward.main(args)
     assert 0 <= metrics_of(tmp_path / "run")[0]["eval/calibration_error"] <= 1
 

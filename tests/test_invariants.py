@@ -1,6 +1,7 @@
 """What must not matter does not: padding, micro-batches, a learning rate of 0; and the data."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import signal
@@ -18,16 +19,19 @@ import reward
 import sft
 
 EOS = 7  # of the small vocabulary
+SGD = optax.sgd(0.1)  # one object for all tests: what is compiled for it is kept
 P, R = 5, 10  # prompt and response of the rollouts here
 CONFIG = sft.GPT2Config(
-    vocab_size=24, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
+    vocab_size=24, n_positions=32, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2
 )
 
 
+@functools.cache
 def make_params(script, model, seed):
+    """(config, parameters) of an untrained model; of each script's own classes."""
     one = jnp.ones((1, 1), jnp.int32)
     config = script.GPT2Config(**dataclasses.asdict(CONFIG))
-    return config, model(config).init(jax.random.key(seed), one, one)["params"]
+    return config, jax.jit(model(config).init)(jax.random.key(seed), one, one)["params"]
 
 
 def random_rows(count, *lengths, seed=0):
@@ -91,10 +95,9 @@ def sample(config, params, temperature=1.0, rows=16, seed=0):
     return *sampled, jnp.asarray(np.random.default_rng(seed).normal(size=rows), jnp.float32)
 
 
-def train_ppo(models, batch, setting, optimizer=None, key=0):
+def train_ppo(models, batch, setting, optimizer=SGD, key=0):
     """(parameters, metrics) after ppo.train_step."""
     config, policy, _, critic = models
-    optimizer = optimizer or optax.sgd(0.1)
     state = ppo.make_state({"policy": policy, "critic": critic}, optimizer, 0.1)
     configs = (config, config)
     state, metrics = ppo.train_step(state, batch, jax.random.key(key), configs, optimizer, setting)
@@ -104,7 +107,7 @@ def train_ppo(models, batch, setting, optimizer=None, key=0):
 def rollout_batch(models, sampled, setting):
     """ppo.make_batch of a rollout, the parameters being the policy's."""
     config, policy, reference, critic = models
-    state = ppo.make_state({"policy": policy, "critic": critic}, optax.sgd(0.1), 0.1)
+    state = ppo.make_state({"policy": policy, "critic": critic}, SGD, 0.1)
     return ppo.make_batch(state, reference, *sampled, (config, config), setting)
 
 
@@ -121,7 +124,7 @@ def test_padding_does_not_matter_to_sft():
     config, params = make_params(sft, sft.GPT2, 0)
     batch = sft.make_batch(random_rows(6, 5, 12), 20)
     assert (batch["mask"] == 0).any()
-    optimizer, results = optax.sgd(0.1), []
+    optimizer, results = SGD, []
     for tokens in (batch["tokens"], junk(batch["tokens"], batch["mask"])):
         state = sft.make_state(params, optimizer)
         results.append(sft.train_step(state, batch | {"tokens": tokens}, config, optimizer, 3))
@@ -144,7 +147,7 @@ def test_padding_does_not_matter_to_reward():
     config, params = make_params(reward, reward.RewardModel, 0)
     batch = reward.make_batch(random_rows(6, 5, 12, 9), 20, [0.0] * 6)
     assert (batch["mask"] == 0).any()
-    optimizer, results = optax.sgd(0.1), []
+    optimizer, results = SGD, []
     for tokens in (batch["tokens"], junk(batch["tokens"], batch["mask"])):
         state = reward.make_state(params, optimizer)
         changed = batch | {"tokens": tokens}
@@ -160,13 +163,14 @@ def test_padding_does_not_matter_to_reward():
 def test_a_pair_is_scored_as_its_texts_alone():
     """Two texts of one row, of unequal lengths: each score is that of the unpadded text."""
     config, params = make_params(reward, reward.RewardModel, 0)
-    rows = random_rows(5, 5, 12, 9)
-    batch = reward.make_batch(rows, 20, [0.0] * 5)
-    pairs = reward.pair_scores(params, batch["tokens"], batch["mask"], config)
+    rows = random_rows(2, 5, 12, 9)
+    batch = reward.make_batch(rows, 20, [0.0] * 2)
+    pairs = reward.eval_step(params, batch["tokens"], batch["mask"], config)
+    apply = jax.jit(reward.RewardModel(config).apply)
     for i, (prompt, *answers) in enumerate(rows):
         for answer, scores in zip(answers, pairs):
             text = jnp.array([prompt + answer])
-            alone = reward.RewardModel(config).apply({"params": params}, text, jnp.ones_like(text))
+            alone = apply({"params": params}, text, jnp.ones_like(text))
             assert float(scores[i]) == pytest.approx(float(alone[0, -1]), abs=1e-5)
 
 
@@ -196,13 +200,12 @@ def test_padding_does_not_matter_to_ppo(models):
 # ------------------------------------------------------------------------------ micro-batches
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_of_sft_equal_the_whole_batch(size):
+def test_micro_batches_of_sft_equal_the_whole_batch():
     config, params = make_params(sft, sft.GPT2, 0)
     batch = sft.make_batch(random_rows(8, 5, 12), 20)
     assert len(set(batch["loss_mask"].sum(axis=1))) > 3
     optimizer, results = optax.sgd(1.0), []
-    for micro_batch_size in (8, size):
+    for micro_batch_size in (8, 1):
         state = sft.make_state(params, optimizer)
         results.append(sft.train_step(state, batch, config, optimizer, micro_batch_size))
     assert largest_difference(results[0][0].params, results[1][0].params) < 3e-6
@@ -210,12 +213,11 @@ def test_micro_batches_of_sft_equal_the_whole_batch(size):
     assert largest_difference(results[0][0].params, params) > 1e-2
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_of_reward_equal_the_whole_batch(size):
+def test_micro_batches_of_reward_equal_the_whole_batch():
     config, params = make_params(reward, reward.RewardModel, 0)
     batch = reward.make_batch(random_rows(8, 5, 12, 9), 20, np.linspace(0, 1, 8))
     optimizer, results = optax.sgd(1.0), []
-    for micro_batch_size in (8, size):
+    for micro_batch_size in (8, 1):
         state = reward.make_state(params, optimizer)
         results.append(reward.train_step(state, batch, config, optimizer, micro_batch_size, 0.1))
     assert largest_difference(results[0][0].params, results[1][0].params) < 1e-5
@@ -223,10 +225,9 @@ def test_micro_batches_of_reward_equal_the_whole_batch(size):
     assert largest_difference(results[0][0].params, params) > 1e-2
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_of_ppo_equal_the_whole_batch(models, size):
+def test_micro_batches_of_ppo_equal_the_whole_batch(models):
     batch, _ = rollout_batch(models, sample(models[0], models[1]), settings())
-    results = [train_ppo(models, batch, settings(micro_batch_size=n)) for n in (8, size)]
+    results = [train_ppo(models, batch, settings(micro_batch_size=n)) for n in (8, 1)]
     assert largest_difference(results[0][0], results[1][0]) < 1e-5
     assert largest_difference(results[0][1], results[1][1]) < 1e-4
     start = {"policy": models[1], "critic": models[3]}
@@ -236,16 +237,15 @@ def test_micro_batches_of_ppo_equal_the_whole_batch(models, size):
 # ------------------------------------------------------------------------------ ppo
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_with_a_learning_rate_of_0_nothing_happens(models, temperature):
+def test_with_a_learning_rate_of_0_nothing_happens(models, temperature=0.7):
     """Ratio 1 and no KL at every update, so sampling and training see the same probabilities."""
-    setting = settings(epochs=3, temperature=temperature)
+    setting = settings(temperature=temperature)
     args = ppo.Args(learning_rate=0.0, weight_decay=0.1)
-    optimizer, _ = ppo.make_optimizer(args, 6)
+    optimizer, _ = ppo.make_optimizer(args, 4)
     batch, _ = rollout_batch(models, sample(models[0], models[1], temperature), setting)
     params, metrics = train_ppo(models, batch, setting, optimizer)
     assert_equal(params, {"policy": models[1], "critic": models[3]})
-    assert metrics["policy/updates"] == 6 and metrics["policy/clipfrac_avg"] == 0
+    assert metrics["policy/updates"] == 4 and metrics["policy/clipfrac_avg"] == 0
     assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/approxkl_avg"] < 1e-10
     assert metrics["grad_norm"] > 0
 
@@ -294,31 +294,36 @@ def test_a_value_is_of_what_was_seen_before_its_token(models, t):
     assert (np.abs(logprobs - others)[:, t] > 1e-4).all()
 
 
-@pytest.mark.parametrize("stop_kl, updates", [(-1.0, 1), (1e-8, 2), (1e9, 6), (None, 6)])
-def test_stop_kl_ends_the_updates_of_a_rollout(models, stop_kl, updates):
-    """As if the optimizer had been taken away after so many updates."""
-    setting = settings(epochs=3)
+def test_stop_kl_ends_the_updates_of_a_rollout(models):
+    """As if the optimizer had been taken away: the second update finds that the first one moved."""
+    setting = settings(epochs=2)
     batch, _ = rollout_batch(models, sample(models[0], models[1]), setting)
-    optimizer = optax.sgd(0.1)
-    stopping = setting._replace(stop_kl=stop_kl)
-    params, metrics = train_ppo(models, batch, stopping, optimizer)
-    assert metrics["policy/updates"] == updates
-    only_the_first = optax.scale_by_schedule(lambda count: jnp.where(count < updates, 1.0, 0.0))
-    expected, _ = train_ppo(models, batch, setting, optax.chain(optimizer, only_the_first))
-    assert largest_difference(params, expected) < 1e-7
-    more = optax.scale_by_schedule(lambda count: jnp.where(count < updates - 1, 1.0, 0.0))
-    fewer, _ = train_ppo(models, batch, setting, optax.chain(optimizer, more))
-    assert largest_difference(params, fewer) > 1e-5
+    stopped, metrics = train_ppo(models, batch, setting._replace(stop_kl=1e-8))
+    assert metrics["policy/updates"] == 2
+    distances = []
+    for updates in (1, 2, 3):
+        some = optax.scale_by_schedule(lambda i, n=updates: jnp.where(i < n, 1.0, 0.0))
+        params, _ = train_ppo(models, batch, setting, optax.chain(SGD, some))
+        distances.append(largest_difference(params, stopped))
+    assert distances[1] < 1e-7 and distances[0] > 1e-5 and distances[2] > 1e-5
+
+
+def test_a_large_stop_kl_stops_nothing(models):
+    batch, _ = rollout_batch(models, sample(models[0], models[1]), settings())
+    params, metrics = train_ppo(models, batch, settings(stop_kl=1e9))
+    assert metrics["policy/updates"] == 4
+    assert_equal((params, metrics), train_ppo(models, batch, settings()))
 
 
 def test_metrics_are_means_over_the_updates_that_were_made(models):
     """After one update the policy was never off: the ratio is 1, whatever the others would give."""
-    setting = settings(epochs=3, stop_kl=-1.0)
+    setting = settings(stop_kl=-1.0)
     batch, _ = rollout_batch(models, sample(models[0], models[1]), setting)
-    _, metrics = train_ppo(models, batch, setting, optax.sgd(1.0))
+    _, metrics = train_ppo(models, batch, setting)
+    assert metrics["policy/updates"] == 1
     assert metrics["policy/approxkl_avg"] < 1e-10 and abs(metrics["val/ratio"] - 1) < 1e-5
-    _, metrics = train_ppo(models, batch, setting._replace(stop_kl=None), optax.sgd(1.0))
-    assert metrics["policy/approxkl_avg"] > 1e-4
+    _, metrics = train_ppo(models, batch, settings())
+    assert metrics["policy/approxkl_avg"] > 1e-7
 
 
 def test_every_row_is_seen_once_in_an_epoch(models):
@@ -334,7 +339,7 @@ def test_every_row_is_seen_once_in_an_epoch(models):
 @pytest.mark.parametrize("script", [sft, reward, ppo], ids=["sft", "reward", "ppo"])
 def test_a_step_leaves_the_parameters_it_started_from(script, models):
     """train_step gives its state's buffers away; the reference and the start must keep theirs."""
-    optimizer = optax.sgd(0.1)
+    optimizer = SGD
     if script is ppo:
         start, setting = {"policy": models[1], "critic": models[3]}, settings()
         before = jax.tree.map(np.array, (start, models[2]))
@@ -362,14 +367,6 @@ def test_next_kl_coef():
         assert float(ppo.next_kl_coef(0.1, kl, args)) == pytest.approx(0.1 * factor, rel=1e-5)
 
 
-def test_a_run_steers_its_kl_coef(inputs, tmp_path):
-    """The KL of a policy that does not move is 0: below any target, so kl_coef falls."""
-    changes = {"learning_rate": 0.0, "kl_target": 4.0, "kl_horizon": 80, "kl_coef": 0.5}
-    ppo.main(small_args(ppo, inputs, tmp_path / "run", **changes))
-    found = [row["objective/kl_coef"] for row in metrics_of(tmp_path / "run")[1:]]
-    assert found == pytest.approx([0.5 * 0.98**i for i in range(6)], rel=1e-4)
-
-
 @pytest.fixture(scope="module")
 def talkative(inputs, tmp_path_factory):
     """A language model that ends about every second completion of 8 tokens."""
@@ -386,7 +383,7 @@ def test_a_completion_that_does_not_end_pays_for_it(inputs, talkative, tmp_path)
     (tmp_path / "f.py").write_text(
         "def two(completions, **_):\n    return [2.0] * len(completions)\n"
     )
-    changes = {"reward": (f"{tmp_path}/f.py:two",), "missing_eos_penalty": 0.75, "steps": 4}
+    changes = {"reward": (f"{tmp_path}/f.py:two",), "missing_eos_penalty": 0.75}
     changes |= {"model": str(talkative), "reward_model": None, "kl_coef": 0.0}
     ppo.main(small_args(ppo, inputs, tmp_path / "run", **changes))
     rows = metrics_of(tmp_path / "run")[1:]
@@ -480,10 +477,10 @@ def test_every_token_of_a_text_is_a_target_once(tokenizer, size):
 
 def test_texts_are_trained_on(inputs, tmp_path):
     """Rows with "text" and rows with prompt and completion may stand in one file."""
-    texts = [{"text": row["prompt"] + row["completion"]} for row in first_rows("sft_train", 10)]
-    path = write_jsonl(tmp_path / "rows.jsonl", texts + first_rows("sft_train", 8))
-    sft.main(small_args(sft, inputs, tmp_path / "run", dataset=str(path), epochs=1))
-    assert metrics_of(tmp_path / "run")[-1]["step"] == 2
+    texts = [{"text": row["prompt"] + row["completion"]} for row in first_rows("sft_train", 16)]
+    path = write_jsonl(tmp_path / "rows.jsonl", texts + first_rows("sft_train", 16))
+    sft.main(small_args(sft, inputs, tmp_path / "run", dataset=str(path)))
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 8
 
 
 def test_encode_prompts(tokenizer, capsys):
@@ -545,16 +542,16 @@ def test_padded_width():
         assert all(n <= width < n + -(-limit // 4) for n, width in enumerate(widths, 1))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 16])
+@pytest.mark.parametrize("batch_size", [3, 16])
 def test_held_out_loss_is_the_mean_over_tokens(batch_size):
-    """Whatever the batches: the mean over all completion tokens, each row read alone."""
+    """Whatever the batches: the mean over all completion tokens."""
     config, params = make_params(sft, sft.GPT2, 0)
     rows = random_rows(7, 5, 12)
     total, right, count = 0.0, 0, 0
-    for prompt, completion in rows:
-        text = jnp.array([prompt + completion])
-        logits = sft.GPT2(config).apply({"params": params}, text, jnp.ones_like(text))[0]
-        logp = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 : -1]
+    tokens, mask = sft.pad_rows([prompt + completion for prompt, completion in rows], 20)
+    logits = jax.jit(sft.GPT2(config).apply)({"params": params}, tokens, mask)
+    for (prompt, completion), row in zip(rows, np.asarray(jax.nn.log_softmax(logits))):
+        logp = row[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
         total -= logp[np.arange(len(completion)), completion].sum()
         right += (logp.argmax(axis=1) == completion).sum()
         count += len(completion)
@@ -563,7 +560,7 @@ def test_held_out_loss_is_the_mean_over_tokens(batch_size):
     assert metrics["eval/mean_token_accuracy"] == pytest.approx(right / count)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 16])
+@pytest.mark.parametrize("batch_size", [5, 16])
 def test_held_out_scores_stand_in_the_order_of_the_rows(batch_size):
     config, params = make_params(reward, reward.RewardModel, 0)
     rows = random_rows(12, 5, 12, 9)
@@ -571,7 +568,7 @@ def test_held_out_scores_stand_in_the_order_of_the_rows(batch_size):
     expected = []
     for row in rows:
         batch = reward.make_batch([row], 20, [0.0])
-        pair = reward.pair_scores(params, batch["tokens"], batch["mask"], config)
+        pair = reward.eval_step(params, batch["tokens"], batch["mask"], config)
         expected.append([float(x[0]) for x in pair])
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     margins = np.diff(expected)[:, 0]
@@ -600,7 +597,7 @@ def test_normalised_scores():
     )
     raw = np.asarray(reward.score_sequences(params, config, tokens, mask)).reshape(6, 4)
     raw = raw + np.linspace(0, 30, 6)[:, None]  # prompts differ much more than samples
-    params["ln_f"] = params["ln_f"] | {"bias": params["ln_f"]["bias"] + 0.3}
+    params = params | {"ln_f": params["ln_f"] | {"bias": params["ln_f"]["bias"] + 0.3}}
     plain = np.asarray(reward.score_sequences(params, config, tokens, mask))
     folded, config = reward.normalise(params, config, raw)
     scores = raw * config.reward_gain + config.reward_shift
@@ -613,7 +610,7 @@ def test_normalised_scores():
 
 
 def test_a_run_normalises_on_samples_of_its_start(inputs, tmp_path):
-    reward.main(small_args(reward, inputs, tmp_path / "run", num_generations=4))
+    reward.main(small_args(reward, inputs, tmp_path / "run"))
     config, params = reward.load_model(tmp_path / "run" / "model")
     assert config.reward_gain > 0 and config.reward_gain != 1 and config.reward_shift != 0
     before = json.loads((tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()[-1])
@@ -648,12 +645,9 @@ def test_a_model_without_a_pad_token_gets_one_in_a_run(inputs, tmp_path):
     config, params = sft.load_model(inputs / "lm")
     config = dataclasses.replace(config, pad_token_id=None)
     sft.save_model(tmp_path / "lm", config, params, inputs / "lm")
-    reward.main(small_args(reward, inputs, tmp_path / "run", model=str(tmp_path / "lm"), epochs=1))
+    reward.main(small_args(reward, inputs, tmp_path / "run", model=str(tmp_path / "lm")))
     saved, params = reward.load_model(tmp_path / "run" / "model")
     assert saved.pad_token_id == config.vocab_size == len(params["wte"]["embedding"]) - 1
-    # ppo.py takes it beside the policy, whose vocabulary is one token smaller.
-    changes = {"reward_model": str(tmp_path / "run" / "model"), "steps": 1}
-    ppo.main(small_args(ppo, inputs, tmp_path / "ppo", model=str(tmp_path / "lm"), **changes))
 
 
 # ------------------------------------------------------------------------------ optimizer
@@ -678,8 +672,9 @@ def test_optimizer_follows_its_schedule_and_decays_matrices_only():
     for step in range(3):
         updates, state = optimizer.update(zeros, state, params)
         expected = -float(schedule(step)) * 0.5
-        assert float(updates["wte"]["embedding"][0, 0]) == pytest.approx(expected)
-        assert float(updates["h.1"]["attn"]["c_attn"]["kernel"].mean()) == pytest.approx(expected)
+        assert float(updates["wte"]["embedding"][0, 0]) == pytest.approx(expected, rel=1e-4)
+        kernel = updates["h.0"]["attn"]["c_attn"]["kernel"]
+        assert float(kernel.mean()) == pytest.approx(expected, rel=1e-4)
         for leaf in (updates["ln_f"]["scale"], updates["h.0"]["mlp"]["c_fc"]["bias"]):
             assert (np.asarray(leaf) == 0).all()
 
