@@ -31,11 +31,11 @@ class Args:
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
     seed: int = 0  # of the initialisation, the order of the data and the samples
-    n_layer: int = 4  # blocks, from scratch
+    n_layer: int = 2  # blocks, from scratch
     n_head: int = 4  # attention heads, from scratch
     n_embd: int = 128  # width, from scratch
     n_positions: int = 128  # longest sequence in tokens, from scratch
-    epochs: int = 5  # passes over the data
+    epochs: int = 4  # passes over the data
     batch_size: int = 32  # sequences in one optimizer step
     # sequences in one forward and backward pass; their gradients are accumulated
     micro_batch_size: int = 16

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "reviews"
-VOCAB_SIZE = 1248  # enough that nearly every word is one token
+VOCAB_SIZE = 1264  # enough that nearly every word is one token
 TAU = 0.08  # temperature of the preference labels, in units of the gold reward
 MOODS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 MOOD_SPREAD = 0.6  # standard deviation of the mood around what the prompt says
@@ -68,9 +68,9 @@ NOUNS = {
     "horror": "monster suspense ghost cellar | scares shadows zombies screams",
     "romance": "chemistry kiss wedding proposal | lovers letters vows glances",
     "mystery": "detective puzzle culprit alibi | clues twists suspects secrets",
-    "craft": "plot story script premise ending pacing cast acting hero villain lead narrator score "
-    "soundtrack photography editing | scenes dialogues actors characters performances sets visuals "
-    "effects",
+    "craft": "plot story script premise opening ending pacing tone cast acting hero villain lead "
+    "narrator score soundtrack photography lighting camera editing | scenes subplots dialogues actors "
+    "characters performances extras sets props costumes colors effects",
     "film": "film movie | details ideas",
 }
 
@@ -142,8 +142,8 @@ REVIEW = [
 ABOUT = [  # for thing and craft; without a sign: these alternatives and their mirror images
     (5, 1.0, "<TOPIC+>"),
     (1, 1.0, "<TOPIC+> , and <craft+>"),
-    (1, -0.3, "<TOPIC+> , <but> <craft->"),
-    (1, -0.3, "<although> <TOPIC+> , <craft->"),
+    (0.6, -0.3, "<TOPIC+> , <but> <craft->"),
+    (0.6, -0.3, "<although> <TOPIC+> , <craft->"),
 ]
 VERDICT = [  # likewise
     (2, 1.0, "I <liked+> it"),

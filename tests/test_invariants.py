@@ -74,9 +74,14 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def models():
     """(config, policy, reference, critic) of ppo.py, all different."""
-    config, policy = make_params(ppo, ppo.GPT2, 0)
-    reference = make_params(ppo, ppo.GPT2, 1)[1]
-    return config, policy, reference, make_params(ppo, ppo.RewardModel, 2)[1]
+    config, critic = make_params(ppo, ppo.RewardModel, 2)
+    policies = []
+    for seed in (0, 1):
+        params = make_params(ppo, ppo.GPT2, seed)[1]
+        toward_eos = params["wte"]["embedding"][EOS]  # a head that ends about half of the rows
+        bias = 2 * toward_eos / jnp.sum(toward_eos**2)
+        policies.append(params | {"ln_f": params["ln_f"] | {"bias": bias}})
+    return config, *policies, critic
 
 
 def settings(**changes):
