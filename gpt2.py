@@ -411,7 +411,7 @@ def generate(
     over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
     At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
     """
-    (B, P), R = tokens.shape, max_new_tokens
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
     if config.n_positions < P + R:
         raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
     model = functools.partial(GPT2(config).apply, {"params": params})
@@ -421,16 +421,15 @@ def generate(
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
     # Each prompt is read once; from here on every sample is a row of its own.
-    tokens, mask, logits, cache = jax.tree.map(
-        lambda x: jnp.repeat(x, num_samples, axis=0), (tokens, mask, logits, cache)
-    )
+    prefilled = (tokens, mask, logits, cache)
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def not_all_ended(carry):
-        step, ended, *_ = carry
+        step, ended = carry[:2]
         return (step < R) & ~jnp.all(ended)
 
     def one_token(carry):
-        step, ended, tokens, mask, logprobs, logits, cache = carry
+        step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
         filtered = filter_logits(logits) if filter_logits else logits
         if temperature == 0:
@@ -438,21 +437,19 @@ def generate(
         else:  # by the inverse of the distribution function: one random number a row, not V
             cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
             cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (len(filtered), 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)  # [N, 1]
+            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
             token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
         logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
+        logprobs = logprobs.at[:, step].set(logprob)
         tokens = tokens.at[:, P + step].set(token)
         mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logprobs = logprobs.at[:, step].set(logprob)
-        ended = ended | (token == eos_id)
         logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended, tokens, mask, logprobs, logits, cache
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
 
-    N = B * num_samples
-    carry = (0, jnp.zeros(N, bool), tokens, mask, jnp.zeros((N, R)), logits, cache)
-    _, _, tokens, mask, logprobs, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
     return tokens, mask, logprobs
 
 

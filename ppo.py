@@ -214,7 +214,8 @@ def read_jsonl(path, *alternatives):
                 names for names in alternatives if isinstance(row, dict) and names <= row.keys()
             ]
             if not fields:
-                fail(f"{path}, line {number} should be an object with {alternatives}")
+                needs = " or ".join(" and ".join(sorted(names)) for names in alternatives)
+                fail(f"{path}, line {number} is not an object with {needs}")
             for name in fields[0]:
                 if not isinstance(row[name], str) or not (row[name] or name == "prompt"):
                     fail(f'{path}, line {number}: "{name}" is empty or not a string')
@@ -247,7 +248,10 @@ def load_function(name):
         fail(f"no file for {name}: a reward is given as file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
     if not hasattr(module, function):
         fail(f"{path} has no function {function}")
     return getattr(module, function)
@@ -690,7 +694,7 @@ def generate(
     over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
     At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
     """
-    (B, P), R = tokens.shape, max_new_tokens
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
     if config.n_positions < P + R:
         raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
     model = functools.partial(GPT2(config).apply, {"params": params})
@@ -700,16 +704,15 @@ def generate(
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
     # Each prompt is read once; from here on every sample is a row of its own.
-    tokens, mask, logits, cache = jax.tree.map(
-        lambda x: jnp.repeat(x, num_samples, axis=0), (tokens, mask, logits, cache)
-    )
+    prefilled = (tokens, mask, logits, cache)
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def not_all_ended(carry):
-        step, ended, *_ = carry
+        step, ended = carry[:2]
         return (step < R) & ~jnp.all(ended)
 
     def one_token(carry):
-        step, ended, tokens, mask, logprobs, logits, cache = carry
+        step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
         filtered = filter_logits(logits) if filter_logits else logits
         if temperature == 0:
@@ -717,21 +720,19 @@ def generate(
         else:  # by the inverse of the distribution function: one random number a row, not V
             cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
             cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (len(filtered), 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)  # [N, 1]
+            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
             token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
         logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
+        logprobs = logprobs.at[:, step].set(logprob)
         tokens = tokens.at[:, P + step].set(token)
         mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logprobs = logprobs.at[:, step].set(logprob)
-        ended = ended | (token == eos_id)
         logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended, tokens, mask, logprobs, logits, cache
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
 
-    N = B * num_samples
-    carry = (0, jnp.zeros(N, bool), tokens, mask, jnp.zeros((N, R)), logits, cache)
-    _, _, tokens, mask, logprobs, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
     return tokens, mask, logprobs
 
 
@@ -1041,25 +1042,32 @@ def next_kl_coef(kl_coef, kl, args):
 
 
 def main(args):
+    if not args.reward_model and not args.reward:
+        args = dataclasses.replace(args, reward_model="runs/reward/model")
     run = RunFolder(args)
     tokenizer = load_tokenizer(args.model)
     config, ref_params = load_model(args.model)
     config = dataclasses.replace(config, remat=args.remat)
     eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
-    check_sizes(config, tokenizer, args.max_prompt_length + args.max_completion_length)
+    max_length = args.max_prompt_length + args.max_completion_length
+    check_sizes(config, tokenizer, max_length)
+    if "score" in ref_params:
+        fail(f"{args.model} is a reward model, not a language model")
     functions = [load_function(name) for name in args.reward]
     weights = args.reward_weight or (1.0,) * len(functions)
     if len(weights) != len(functions):
         fail(f"{len(functions)} times --reward, but {len(weights)} times --reward-weight")
-    embedded = "data/reviews.py:sentiment" if args.dataset.startswith("data/reviews/") else None
-    gold = load_function(args.gold or embedded) if args.gold or embedded else None
-    reward_model = args.reward_model or (None if functions else "runs/reward/model")
-    if reward_model:  # the critic starts from it
-        critic_config, reward_params = load_model(reward_model)
+    gold = args.gold
+    if gold is None and Path(args.dataset).resolve().parent == Path("data/reviews").resolve():
+        gold = "data/reviews.py:sentiment"
+    gold = gold and load_function(gold)
+    if args.reward_model:  # the critic starts from it
+        critic_config, reward_params = load_model(args.reward_model)
         if "score" not in reward_params:
-            fail(f"{reward_model} is not a reward model: it has no score.weight")
-        if load_tokenizer(reward_model).token_byte_values() != tokenizer.token_byte_values():
-            fail(f"the tokenizers of {reward_model} and {args.model} differ")
+            fail(f"{args.reward_model} is not a reward model: it has no score.weight")
+        if load_tokenizer(args.reward_model).token_byte_values() != tokenizer.token_byte_values():
+            fail(f"the tokenizers of {args.reward_model} and {args.model} differ")
+        check_sizes(critic_config, tokenizer, max_length)
         critic_params = reward_params
     else:  # the critic starts from the policy's trunk, with a head of 0
         critic_config = config
@@ -1095,7 +1103,7 @@ def main(args):
         completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
         ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
         scores = -args.missing_eos_penalty * ~ended
-        if reward_model:
+        if args.reward_model:
             scores = scores + score_sequences(reward_params, critic_config, tokens, mask)
         for function, weight in zip(functions, weights):
             scores = scores + weight * call_reward(function, texts, completions)

@@ -193,7 +193,8 @@ def read_jsonl(path, *alternatives):
                 names for names in alternatives if isinstance(row, dict) and names <= row.keys()
             ]
             if not fields:
-                fail(f"{path}, line {number} should be an object with {alternatives}")
+                needs = " or ".join(" and ".join(sorted(names)) for names in alternatives)
+                fail(f"{path}, line {number} is not an object with {needs}")
             for name in fields[0]:
                 if not isinstance(row[name], str) or not (row[name] or name == "prompt"):
                     fail(f'{path}, line {number}: "{name}" is empty or not a string')
@@ -663,7 +664,7 @@ def generate(
     over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
     At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
     """
-    (B, P), R = tokens.shape, max_new_tokens
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
     if config.n_positions < P + R:
         raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
     model = functools.partial(GPT2(config).apply, {"params": params})
@@ -673,16 +674,15 @@ def generate(
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
     # Each prompt is read once; from here on every sample is a row of its own.
-    tokens, mask, logits, cache = jax.tree.map(
-        lambda x: jnp.repeat(x, num_samples, axis=0), (tokens, mask, logits, cache)
-    )
+    prefilled = (tokens, mask, logits, cache)
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def not_all_ended(carry):
-        step, ended, *_ = carry
+        step, ended = carry[:2]
         return (step < R) & ~jnp.all(ended)
 
     def one_token(carry):
-        step, ended, tokens, mask, logprobs, logits, cache = carry
+        step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
         filtered = filter_logits(logits) if filter_logits else logits
         if temperature == 0:
@@ -690,21 +690,19 @@ def generate(
         else:  # by the inverse of the distribution function: one random number a row, not V
             cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
             cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (len(filtered), 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)  # [N, 1]
+            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
             token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
         logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
+        logprobs = logprobs.at[:, step].set(logprob)
         tokens = tokens.at[:, P + step].set(token)
         mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logprobs = logprobs.at[:, step].set(logprob)
-        ended = ended | (token == eos_id)
         logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended, tokens, mask, logprobs, logits, cache
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
 
-    N = B * num_samples
-    carry = (0, jnp.zeros(N, bool), tokens, mask, jnp.zeros((N, R)), logits, cache)
-    _, _, tokens, mask, logprobs, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
     return tokens, mask, logprobs
 
 
@@ -888,7 +886,7 @@ eval_step = jax.jit(pair_scores, static_argnums=3)
 def calibration_error(margins, bins=10):
     """Mean gap between how sure the model is, sigmoid(|margin|), and how often it is right."""
     confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
-    groups = np.array_split(np.argsort(confidence), bins)
+    groups = np.array_split(np.argsort(confidence), min(bins, len(margins)))
     gaps = [abs(confidence[group].mean() - right[group].mean()) for group in groups]
     return np.average(gaps, weights=[len(group) for group in groups])
 
@@ -911,6 +909,8 @@ def main(args):
     run = RunFolder(args)
     tokenizer = load_tokenizer(args.model)
     config, sft_params = load_model(args.model)
+    if "score" in sft_params:
+        fail(f"{args.model} is a reward model, not a language model")
     config = dataclasses.replace(config, remat=args.remat)
     eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
     max_length = args.max_prompt_length + args.max_completion_length
@@ -922,7 +922,10 @@ def main(args):
         return encode_rows(rows, ["chosen", "rejected"], tokenizer, eos_id, *lengths)
 
     (texts, rows), (eval_texts, eval_rows) = load_rows(args.dataset), load_rows(args.eval_dataset)
-    margins = np.array([text.get("margin", 0.0) for text in texts], np.float32)
+    margins = [text.get("margin", 0.0) for text in texts]
+    if not all(isinstance(margin, int | float) for margin in margins):
+        fail(f'a "margin" in {args.dataset} is not a number')
+    margins = np.array(margins, np.float32)
     check_batch_sizes(len(rows), args.batch_size, args.micro_batch_size)
     lengths = [sum(map(len, row)) for row in rows]
     batches = length_batches(lengths, args.batch_size, args.epochs, args.seed)

@@ -199,7 +199,8 @@ def read_jsonl(path, *alternatives):
                 names for names in alternatives if isinstance(row, dict) and names <= row.keys()
             ]
             if not fields:
-                fail(f"{path}, line {number} should be an object with {alternatives}")
+                needs = " or ".join(" and ".join(sorted(names)) for names in alternatives)
+                fail(f"{path}, line {number} is not an object with {needs}")
             for name in fields[0]:
                 if not isinstance(row[name], str) or not (row[name] or name == "prompt"):
                     fail(f'{path}, line {number}: "{name}" is empty or not a string')
@@ -651,7 +652,7 @@ def generate(
     over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
     At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
     """
-    (B, P), R = tokens.shape, max_new_tokens
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
     if config.n_positions < P + R:
         raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
     model = functools.partial(GPT2(config).apply, {"params": params})
@@ -661,16 +662,15 @@ def generate(
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
     # Each prompt is read once; from here on every sample is a row of its own.
-    tokens, mask, logits, cache = jax.tree.map(
-        lambda x: jnp.repeat(x, num_samples, axis=0), (tokens, mask, logits, cache)
-    )
+    prefilled = (tokens, mask, logits, cache)
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def not_all_ended(carry):
-        step, ended, *_ = carry
+        step, ended = carry[:2]
         return (step < R) & ~jnp.all(ended)
 
     def one_token(carry):
-        step, ended, tokens, mask, logprobs, logits, cache = carry
+        step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
         filtered = filter_logits(logits) if filter_logits else logits
         if temperature == 0:
@@ -678,21 +678,19 @@ def generate(
         else:  # by the inverse of the distribution function: one random number a row, not V
             cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
             cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (len(filtered), 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)  # [N, 1]
+            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
             token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
         logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
+        logprobs = logprobs.at[:, step].set(logprob)
         tokens = tokens.at[:, P + step].set(token)
         mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logprobs = logprobs.at[:, step].set(logprob)
-        ended = ended | (token == eos_id)
         logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended, tokens, mask, logprobs, logits, cache
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
 
-    N = B * num_samples
-    carry = (0, jnp.zeros(N, bool), tokens, mask, jnp.zeros((N, R)), logits, cache)
-    _, _, tokens, mask, logprobs, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
     return tokens, mask, logprobs
 
 
@@ -839,6 +837,8 @@ def main(args):
     tokenizer = load_tokenizer(args.model or args.tokenizer)
     if args.model:
         config, params = load_model(args.model)
+        if "score" in params:
+            fail(f"{args.model} is a reward model, not a language model")
     else:
         config = GPT2Config(
             vocab_size=tokenizer.n_vocab,

@@ -69,8 +69,8 @@ NOUNS = {
     "romance": "chemistry kiss wedding proposal | lovers letters vows glances",
     "mystery": "detective puzzle culprit alibi | clues twists suspects secrets",
     "craft": "plot story script premise opening ending pacing tone cast acting hero villain lead "
-    "narrator score soundtrack photography lighting camera editing | scenes subplots dialogues actors "
-    "characters performances extras sets props costumes colors effects",
+    "narrator score soundtrack photography lighting camera editing | scenes subplots dialogues "
+    "actors characters performances extras sets props costumes colors effects",
     "film": "film movie | details ideas",
 }
 

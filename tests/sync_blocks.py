@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (
-    "gpt2 sft reward ppo dpo grpo iterative_dpo sharded mixed_precision".split()
-)  # in the order in which they own what they share
+# In the order in which they own what they share.
+SCRIPTS = ["gpt2", "sft", "reward", "ppo", "dpo", "grpo", "iterative_dpo", "sharded"]
+SCRIPTS += ["mixed_precision"]
 DIFFERENT = {
     "Args": "each algorithm has its own flags",
     "TrainState": "each algorithm hands something else to its next step",

@@ -27,10 +27,11 @@ def metrics_of(run):
 def folder(tmp_path_factory):
     """A folder with the first rows of the embedded data, and room for the runs."""
     folder = tmp_path_factory.mktemp("learning")
+    held_out = {"sft": 256, "preferences": 1000, "prompts": 256}
     counts = {"sft": 2000, "preferences": 3000, "prompts": 1000}
     for (name, count), split in itertools.product(counts.items(), ("train", "test")):
         with open(REVIEWS / f"{name}_{split}.jsonl", encoding="utf-8") as file:
-            rows = itertools.islice(file, count if split == "train" else 256)
+            rows = itertools.islice(file, count if split == "train" else held_out[name])
             (folder / f"{name}_{split}.jsonl").write_text("".join(rows), "utf-8")
     handler = signal.getsignal(signal.SIGINT)
     yield folder
@@ -63,7 +64,7 @@ def language_model(folder):
 
 
 def test_sft_comes_near_the_floor(language_model):
-    """Nats per token on held-out reviews: over 7 at the start, 1.76 at the end, the floor 1.34."""
+    """Nats per token on held-out reviews: over 7 at the start, 0.4 above the floor at the end."""
     losses = [row["eval/loss"] for row in metrics_of(language_model) if "eval/loss" in row]
     floor = FACTS["sft_test_floor_nats_per_token"]
     print(f"losses {losses}, floor {floor}")
@@ -77,7 +78,7 @@ def test_reward_ranks_held_out_pairs(folder, language_model):
     args = reward.Args(
         model=str(language_model / "model"),
         run_dir=str(folder / "reward"),
-        epochs=1,
+        epochs=2,
         learning_rate=2e-3,
         warmup_steps=10,
         eval_every=1000,
@@ -89,8 +90,8 @@ def test_reward_ranks_held_out_pairs(folder, language_model):
     ceiling = FACTS["preferences_test_best_accuracy"]
     accuracy, loss = rows[-1]["eval/rewards/accuracies"], rows[-1]["eval/loss"]
     print(f"accuracy {rows[0]['eval/rewards/accuracies']} -> {accuracy}, loss {loss}")
-    assert 0.65 < accuracy < ceiling + 0.06  # measured 0.73; 256 pairs: a standard error of 3 %
-    assert loss < 0.6 < rows[0]["eval/loss"]
+    assert 0.63 < accuracy < ceiling + 0.04  # measured 0.71 and more; a standard error of 1.5 %
+    assert loss < 0.62 < rows[0]["eval/loss"]
 
 
 def test_ppo_raises_what_it_maximises(folder, language_model):

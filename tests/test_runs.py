@@ -88,7 +88,7 @@ def small_args(script, inputs, run_dir, **changes):
     }
     own = {
         sft: {
-            "tokenizer": str(REVIEWS / "tokenizer"),
+            "tokenizer": str(inputs / "lm"),
             "n_layer": 1,
             "n_head": 2,
             "n_embd": 32,
@@ -232,18 +232,16 @@ def crash_before_the_first_checkpoint(script, patch):
 
 
 def crash_while_writing_a_checkpoint(script, patch):
-    """The second one: half of its temporary file is written."""
-    write_file, calls = script.write_file, itertools.count(1)
+    """The second one: half of its file is written."""
+    save_file, calls = script.save_file, itertools.count(1)
 
-    def crash(path, write):
-        if path.name == "checkpoint.safetensors" and next(calls) == 2:
-            temporary = path.with_name(path.name + ".tmp")
-            write(temporary)
-            os.truncate(temporary, temporary.stat().st_size // 2)
+    def crash(tensors, path, header):
+        save_file(tensors, path, header)
+        if "step" in header and next(calls) == 2:
+            os.truncate(path, os.path.getsize(path) // 2)
             raise Crash
-        write_file(path, write)
 
-    patch.setattr(script, "write_file", crash)
+    patch.setattr(script, "save_file", crash)
 
 
 def crash_after_a_checkpoint(script, patch):
@@ -262,14 +260,14 @@ def crash_after_a_checkpoint(script, patch):
 
 def crash_while_writing_the_model(script, patch):
     """After the last checkpoint; config.json is written, model.safetensors is not."""
-    write_file = script.write_file
+    save_file = script.save_file
 
-    def crash(path, write):
-        if path.name == "model.safetensors":
+    def crash(tensors, path, header):
+        if "step" not in header:
             raise Crash
-        write_file(path, write)
+        save_file(tensors, path, header)
 
-    patch.setattr(script, "write_file", crash)
+    patch.setattr(script, "save_file", crash)
 
 
 CRASHES = [  # how, and the step of the checkpoint that it leaves
