@@ -48,7 +48,7 @@ class Args:
     warmup_steps: int = 8  # updates in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
-    kl_coef: float = 0.15  # weight of the KL penalty in the reward
+    kl_coef: float = 0.3  # weight of the KL penalty in the reward
     # if given, kl_coef is steered so that the KL comes to this many nats a sequence
     kl_target: float | None = None
     kl_horizon: int = 10_000  # episodes in which that steering works

@@ -29,11 +29,11 @@ class Args:
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
     seed: int = 0  # of the head's initialisation, the order of the data and the samples
-    epochs: int = 2  # passes over the data
-    batch_size: int = 32  # pairs in one optimizer step
+    epochs: int = 3  # passes over the data
+    batch_size: int = 64  # pairs in one optimizer step
     # pairs in one forward and backward pass; their gradients are accumulated
     micro_batch_size: int = 16
-    learning_rate: float = 1e-3  # peak; it falls linearly to 0
+    learning_rate: float = 2e-3  # peak; it falls linearly to 0
     warmup_steps: int = 50  # steps in which the learning rate rises from 0
     weight_decay: float = 0.1  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
