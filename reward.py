@@ -172,9 +172,10 @@ def pad_rows(rows, width, left=False):
 
 def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
     """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
-    responses = zip(np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:])
-    rows = [row[(keep > 0) & (row != eos_id)].tolist() for row, keep in responses]
-    return [tokenizer.decode(row) for row in rows]
+    tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
+    # Some models have more rows in wte than there are tokens; such an id is no text.
+    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
+    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
 
 
 def read_jsonl(path, *alternatives):
@@ -697,8 +698,7 @@ def generate(
             threshold = uniform * cumulative.max(axis=-1, keepdims=True)
             token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
         token = jnp.where(ended, pad_id, token)
-        logprob = jnp.where(ended, 0.0, token_logprobs(logits, token))
-        logprobs = logprobs.at[:, step].set(logprob)
+        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
         tokens = tokens.at[:, P + step].set(token)
         mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
         logits, cache = model(token[:, None], mask, cache=cache, column=P + step)

@@ -79,6 +79,7 @@ def test_reward_ranks_held_out_pairs(folder, language_model):
         model=str(language_model / "model"),
         run_dir=str(folder / "reward"),
         epochs=2,
+        batch_size=32,
         learning_rate=2e-3,
         warmup_steps=10,
         eval_every=1000,
