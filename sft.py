@@ -717,7 +717,8 @@ def cross_entropy_loss(logits, targets, mask):
     assert logits.shape[:2] == targets.shape == mask.shape, (logits.shape, targets.shape)
     count = jnp.maximum(mask.sum(), 1)
     loss = -jnp.sum(token_logprobs(logits, targets) * mask) / count
-    accuracy = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    accuracy = jnp.sum((target_logits >= logits.max(axis=-1)) * mask) / count
     return loss, {"loss": loss, "mean_token_accuracy": accuracy}
 
 
