@@ -168,7 +168,7 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     eos_token_id: int | None = None
     pad_token_id: int | None = None
-    reward_gain: float = 1.0  # of a reward model: its score is gain * raw score + shift
+    reward_gain: float = 1.0  # a record: reward.py has folded gain and shift into the weights
     reward_shift: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping it

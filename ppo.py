@@ -1,8 +1,10 @@
 """PPO on a language model: it learns to write what a reward model scores high, near to a reference.
 
 Schulman et al. 2017, "Proximal policy optimization algorithms", as used by Ziegler et al. 2019 and
-Ouyang et al. 2022; the details are those of Huang et al. 2024, "The N+ implementation details of
-RLHF with PPO".
+Ouyang et al. 2022. The details follow Huang et al. 2024, "The N+ implementation details of RLHF
+with PPO", except: the score stands at EOS (there: one later, with a second mask), a missing EOS
+costs a penalty (there: the score becomes -1), Adam's eps is 1e-8 (there: 1e-5), and there are
+warm-up, gradient clipping and two minibatches.
 
     python ppo.py                      # runs/sft/model against runs/reward/model, embedded prompts
     python ppo.py --model gpt2 --dataset my_prompts.jsonl --reward my_rewards.py:function
@@ -26,7 +28,7 @@ import tyro
 class Args:
     # folder or hub name of the policy's start, which is also the reference
     model: str = "runs/sft/model"
-    # folder of a learned reward; if neither this nor --reward is given: runs/reward/model
+    # folder of a learned reward, added to --reward; with neither given: runs/reward/model
     reward_model: str | None = None
     # file.py:function, f(prompts, completions, **columns) -> scores; repeatable
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -35,7 +37,7 @@ class Args:
     # file.py:function of a ground truth, only logged; the embedded data's by default
     gold: str | None = None
     dataset: str = "data/reviews/prompts_train.jsonl"  # JSON Lines (or .gz) with prompt
-    eval_dataset: str = "data/reviews/prompts_test.jsonl"  # the same, held out
+    eval_dataset: str = "data/reviews/prompts_test.jsonl"  # held out; the first 256
     run_dir: str = "runs/ppo"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
@@ -44,7 +46,7 @@ class Args:
     batch_size: int = 128  # prompts in one rollout
     epochs: int = 4  # passes over a rollout
     num_minibatches: int = 2  # updates in one pass
-    # sequences in one forward and backward pass; their gradients are accumulated
+    # sequences in one pass of an update; sampling and scoring take the whole rollout at once
     micro_batch_size: int = 32
     learning_rate: float = 3e-4  # peak; it falls linearly to 0
     warmup_steps: int = 8  # updates in which the learning rate rises from 0
@@ -53,14 +55,15 @@ class Args:
     kl_coef: float = 0.3  # weight of the KL penalty in the reward
     # if given, kl_coef is steered so that the KL comes to this many nats a sequence
     kl_target: float | None = None
-    kl_horizon: int = 10_000  # episodes in which that steering works
-    stop_kl: float | None = None  # if given, a rollout's updates end once approxkl is above it
+    kl_horizon: int = 10_000  # the gain of that steering is batch_size / kl_horizon
+    # if given, a rollout's updates end once approxkl is above it (so the schedule ends early, too)
+    stop_kl: float | None = None
     clip_eps: float = 0.2  # of the ratio in the policy's loss
     value_clip_eps: float = 0.2  # of the value in the critic's loss
     vf_coef: float = 0.1  # weight of the critic's loss
     gamma: float = 1.0  # discount
-    lam: float = 0.95  # GAE's lambda: 1 no bias, 0 no variance
-    whiten_rewards: bool = False  # divide the rewards by their standard deviation, too
+    lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone; lower: less variance, more bias
+    whiten_rewards: bool = False  # divide the rewards by their standard deviation
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     max_prompt_length: int = 16  # tokens; a longer prompt is dropped
     max_completion_length: int = 48  # tokens with EOS
@@ -284,14 +287,6 @@ def stream_key(seed, name, step):
     return jax.random.fold_in(stream, step)
 
 
-def check_batch_sizes(rows, batch_size, micro_batch_size):
-    """Fails where no batch can be filled, or micro-batches do not divide it."""
-    if rows < batch_size:
-        fail(f"{rows} rows do not fill one batch of {batch_size}: lower --batch-size")
-    if batch_size % micro_batch_size:
-        fail(f"--micro-batch-size {micro_batch_size} does not divide --batch-size {batch_size}")
-
-
 # ------------------------------------------------------------------------------------------- model
 
 
@@ -310,7 +305,7 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     eos_token_id: int | None = None
     pad_token_id: int | None = None
-    reward_gain: float = 1.0  # of a reward model: its score is gain * raw score + shift
+    reward_gain: float = 1.0  # a record: reward.py has folded gain and shift into the weights
     reward_shift: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping it
@@ -759,10 +754,11 @@ def compute_kl_divergence(logprobs, ref_logprobs):
     """k1 = log pi - log pi_ref of each sampled token [B, R]; its mean under pi is KL(pi || pi_ref).
 
     For a penalty inside the reward, which is not differentiated, k1 is right: the policy gradient
-    of -k1 is that of -KL, and k3 = exp(-k1) - 1 + k1 would be biased there. For a term of the loss
-    it is useless (the mean of its gradient is 0); there k3 is used. Schulman 2020, "Approximating
-    KL divergence".
+    of -k1 is that of -KL, and k3 = exp(-k1) - 1 + k1 would be biased there. In a loss it is useless
+    (the mean of its gradient is 0); there k3 is common, whose gradient is that of the other
+    direction, KL(pi_ref || pi). Schulman 2020, "Approximating KL divergence".
     """
+    assert logprobs.shape == ref_logprobs.shape, (logprobs.shape, ref_logprobs.shape)
     return logprobs - ref_logprobs
 
 
@@ -771,6 +767,7 @@ def compute_rewards(scores, kl, mask, kl_coef):
 
     One mask serves policy, value and reward: the first EOS is an action, nothing after it is.
     """
+    assert kl.shape == mask.shape and scores.shape == mask.shape[:1], (scores.shape, mask.shape)
     is_last = mask - jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))  # [B, R]
     return -kl_coef * kl * mask + scores[:, None] * is_last
 
@@ -782,7 +779,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
     returns (the critic's targets), [B, R] each, 0 where mask is 0.
     """
     assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
-    values = values * mask  # after EOS nothing more is earned, so nothing may be bootstrapped
+    values = values * mask  # nothing is earned after EOS, or after a cut at R: no bootstrap
     next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))  # [B, R]
     deltas = (rewards + gamma * next_values - values) * mask  # [B, R]
 
@@ -800,8 +797,8 @@ def whiten(x, mask, shift_mean=True):
 
     The variance is the unbiased one (Bessel's correction), as in TRL.
     """
-    mean = masked_mean(x, mask)
-    count = mask.sum()
+    assert x.shape == mask.shape, (x.shape, mask.shape)
+    mean, count = masked_mean(x, mask), mask.sum()
     variance = masked_mean((x - mean) ** 2, mask) * count / jnp.maximum(count - 1, 1)
     whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
@@ -820,7 +817,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
     loss = masked_mean(losses, mask)
     return loss, {
         "loss/policy_avg": loss,
-        "policy/approxkl_avg": 0.5 * masked_mean(log_ratio**2, mask),
+        "policy/approxkl_avg": 0.5 * masked_mean(log_ratio**2, mask),  # k2, as in TRL, but masked
         "policy/clipfrac_avg": masked_mean(-advantages * clipped > -advantages * ratio, mask),
         "val/ratio": masked_mean(ratio, mask),
     }
@@ -881,9 +878,9 @@ def make_state(params, optimizer, kl_coef):
 def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size):
     """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
 
-    loss_fn(params, micro_batch) -> (loss, metrics) are means over some of counts [B]: the tokens
-    or sequences of each row that count. Weighting every micro-batch by its share of them gives the
-    whole batch's mean; a mean of means would favour the short rows.
+    loss_fn(params, micro_batch) -> (loss, metrics), each a mean over tokens (or sequences); counts
+    [B] says how many of them each row has. Weighting a micro-batch by its share gives the whole
+    batch's mean; a mean of means would favour the short rows.
     """
 
     def split(x):  # [B, …] -> [M, B / M, …]
@@ -904,7 +901,7 @@ def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size):
 
 
 def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
-    """Log-probabilities of the response tokens, and the entropy where each was drawn: [B, R] each.
+    """Log-probabilities of the response tokens, entropies of what they were drawn from: [B, R].
 
     tokens, mask [B, P + R]. The logits that predict response token t stand at column P - 1 + t.
     """
@@ -917,7 +914,7 @@ def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
 
 
 def critic_values(params, config, tokens, mask, prompt_length):
-    """values[:, t]: what is still to be earned before response token t is seen. [B, R]"""
+    """values[:, t] [B, R]: the predicted return before response token t is seen, at P - 1 + t."""
     scores = RewardModel(config).apply({"params": params}, tokens, mask)
     return scores[:, prompt_length - 1 : -1]
 
@@ -940,16 +937,17 @@ class Settings(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def make_batch(state, ref_params, tokens, mask, logprobs, scores, configs, settings):
-    """What train_step learns from, of a rollout and its scores: (batch, metrics).
+    """What train_step learns from: (batch, metrics) of a rollout and its scores.
 
     tokens, mask [B, P + R]; logprobs [B, R], those of sampling; scores [B]; configs: those of the
     policy and the critic.
     """
+    config, critic_config = configs
     prompt_length = tokens.shape[1] - logprobs.shape[1]
     response_mask = mask[:, prompt_length:].astype(jnp.float32)  # [B, R]
     # 1. Log-probabilities under the reference, at the temperature of sampling.
     ref_logprobs, _ = policy_logprobs(
-        ref_params, configs[0], tokens, mask, prompt_length, settings.temperature
+        ref_params, config, tokens, mask, prompt_length, settings.temperature
     )
     # 2. The KL penalty at every token, the score at the last.
     kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
@@ -957,11 +955,13 @@ def make_batch(state, ref_params, tokens, mask, logprobs, scores, configs, setti
     if settings.whiten_rewards:
         rewards = whiten(rewards, response_mask, shift_mean=False)
     # 3. Advantages, whitened once over the whole rollout, not once in each minibatch.
-    values = critic_values(state.params["critic"], configs[1], tokens, mask, prompt_length)
+    values = critic_values(state.params["critic"], critic_config, tokens, mask, prompt_length)
     values = values * response_mask
     advantages, returns = compute_gae(rewards, values, response_mask, settings.gamma, settings.lam)
-    spread = masked_mean((returns - masked_mean(returns, response_mask)) ** 2, response_mask)
-    unexplained = masked_mean((returns - values) ** 2, response_mask)
+    unexplained, spread = (
+        masked_mean((x - masked_mean(x, response_mask)) ** 2, response_mask)
+        for x in (returns - values, returns)
+    )
     kl = kl.sum(axis=1)  # [B], nats a sequence
     batch = {
         "tokens": tokens,
@@ -986,6 +986,7 @@ def make_batch(state, ref_params, tokens, mask, logprobs, scores, configs, setti
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
 def train_step(state, batch, key, configs, optimizer, settings):
     """All updates of one rollout, epochs * num_minibatches, in one scan: (state, metrics)."""
+    config, critic_config = configs
     size, response_length = batch["logprobs"].shape
     prompt_length = batch["tokens"].shape[1] - response_length
 
@@ -993,12 +994,12 @@ def train_step(state, batch, key, configs, optimizer, settings):
         tokens, mask = batch["tokens"], batch["mask"]
         response_mask = mask[:, prompt_length:].astype(jnp.float32)
         logprobs, entropy = policy_logprobs(
-            params["policy"], configs[0], tokens, mask, prompt_length, settings.temperature
+            params["policy"], config, tokens, mask, prompt_length, settings.temperature
         )
         policy_loss, policy_metrics = ppo_policy_loss(
             logprobs, batch["logprobs"], batch["advantages"], response_mask, settings.clip_eps
         )
-        values = critic_values(params["critic"], configs[1], tokens, mask, prompt_length)
+        values = critic_values(params["critic"], critic_config, tokens, mask, prompt_length)
         value_loss, value_metrics = value_function_loss(
             values, batch["values"], batch["returns"], response_mask, settings.value_clip_eps
         )
@@ -1035,7 +1036,10 @@ def train_step(state, batch, key, configs, optimizer, settings):
 
 
 def next_kl_coef(kl_coef, kl, args):
-    """Steers kl_coef so that the KL comes to kl_target (Ziegler et al. 2019, section 2.2)."""
+    """Steers kl_coef so that the KL comes to kl_target.
+
+    Ziegler et al. 2019, section 2.2; batch_size / kl_horizon is what their code has for K_beta.
+    """
     error = jnp.clip(kl / args.kl_target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * args.batch_size / args.kl_horizon)
 
@@ -1049,27 +1053,29 @@ def main(args):
     run = RunFolder(args)
     tokenizer = load_tokenizer(args.model)
     config, ref_params = load_model(args.model)
+    if "score" in ref_params:
+        fail(f"{args.model} is a reward model, not a language model")
     config = dataclasses.replace(config, remat=args.remat)
     eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
     max_length = args.max_prompt_length + args.max_completion_length
     check_sizes(config, tokenizer, max_length)
-    if "score" in ref_params:
-        fail(f"{args.model} is a reward model, not a language model")
+    if args.kl_target is not None and args.kl_target <= 0:
+        fail("--kl-target must be above 0")
     if args.temperature <= 0:
         fail("--temperature must be above 0: at 0 nothing is sampled, and nothing can be learned")
     functions = [load_function(name) for name in args.reward]
     weights = args.reward_weight or (1.0,) * len(functions)
     if len(weights) != len(functions):
         fail(f"{len(functions)} times --reward, but {len(weights)} times --reward-weight")
-    gold = args.gold
-    if gold is None and Path(args.dataset).resolve().parent == Path("data/reviews").resolve():
-        gold = "data/reviews.py:sentiment"
+    embedded, gold = Path("data/reviews"), args.gold
+    if gold is None and Path(args.dataset).resolve().parent == embedded.resolve():
+        gold = "data/reviews.py:sentiment" if Path("data/reviews.py").is_file() else None
     gold = gold and load_function(gold)
     if args.reward_model:  # the critic starts from it
         critic_config, reward_params = load_model(args.reward_model)
         if "score" not in reward_params:
             fail(f"{args.reward_model} is not a reward model: it has no score.weight")
-        if load_tokenizer(args.reward_model).token_byte_values() != tokenizer.token_byte_values():
+        if load_tokenizer(args.reward_model)._mergeable_ranks != tokenizer._mergeable_ranks:
             fail(f"the tokenizers of {args.reward_model} and {args.model} differ")
         check_sizes(critic_config, tokenizer, max_length)
         critic_params = reward_params
@@ -1084,10 +1090,11 @@ def main(args):
         return encode_prompts(rows, tokenizer, eos_id, args.max_prompt_length)
 
     rows, eval_rows = load_prompts(args.dataset), load_prompts(args.eval_dataset)[:256]
-    minibatch_size = args.batch_size // args.num_minibatches
-    if args.batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} does not divide {args.batch_size}")
-    check_batch_sizes(len(rows), minibatch_size, args.micro_batch_size)
+    if args.batch_size % (args.num_minibatches * args.micro_batch_size):
+        sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size"
+        fail(f"{sizes} {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
+    if len(rows) < args.batch_size:
+        fail(f"{len(rows)} rows do not fill one batch of {args.batch_size}: lower --batch-size")
     batches = prompt_batches(len(rows), args.batch_size, args.steps, args.seed)
     updates_per_step = args.epochs * args.num_minibatches
     optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
@@ -1095,36 +1102,35 @@ def main(args):
     params = {"policy": ref_params, "critic": critic_params}
     state, start = run.start(make_state(params, optimizer, args.kl_coef), args.steps)
 
-    def rollout(rows, stream, step):
+    def rollout(prompts, stream, step):
         """(tokens, mask, logprobs, scores), metrics and samples of the present policy."""
-        texts, ids = zip(*rows)
+        rows, ids = zip(*prompts)
         prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
-        prompts, mask = pad_rows(ids, prompt_length, left=True)
+        tokens, mask = pad_rows(ids, prompt_length, left=True)
         sampling = (args.max_completion_length, args.temperature, eos_id)
         tokens, mask, logprobs = generate(
-            state.params["policy"], config, prompts, mask, key, *sampling
+            state.params["policy"], config, tokens, mask, key, *sampling
         )
         completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
         ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
+        metrics = {"completions/clipped_ratio": 1 - ended.mean()}
         scores = -args.missing_eos_penalty * ~ended
         if args.reward_model:
-            scores = scores + score_sequences(reward_params, critic_config, tokens, mask)
+            learned = score_sequences(reward_params, critic_config, tokens, mask)
+            scores = scores + np.asarray(learned)
         for function, weight in zip(functions, weights):
-            scores = scores + weight * call_reward(function, texts, completions)
-        metrics = {"completions/clipped_ratio": 1 - ended.mean()}
-        samples = [
-            {"prompt": text["prompt"], "completion": completion, "score": float(score)}
-            for text, completion, score in zip(texts, completions, scores)
-        ]
+            scores = scores + weight * call_reward(function, rows, completions)
+        columns = {"prompt": [row["prompt"] for row in rows], "completion": completions}
+        columns["score"] = scores.tolist()
         if gold:
-            golds = call_reward(gold, texts, completions)
-            metrics["gold/reward"] = golds.mean()
-            samples = [sample | {"gold": float(g)} for sample, g in zip(samples, golds)]
+            golds = call_reward(gold, rows, completions)
+            metrics["gold/reward"], columns["gold"] = golds.mean(), golds.tolist()
+        samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
         return (tokens, mask, logprobs, scores), metrics, samples
 
     def evaluate_and_sample(step):
         sampled, metrics, samples = rollout(eval_rows, "eval", step)
-        run.log_samples(step, samples[:16])
+        run.log_samples(step, samples[:8])
         metrics |= make_batch(state, ref_params, *sampled, configs, settings)[1]
         names = ["objective/scores", "objective/kl", "completions/mean_length", "gold/reward"]
         return {f"eval/{name}": metrics[name] for name in names if name in metrics}
@@ -1142,7 +1148,7 @@ def main(args):
         if args.kl_target is not None:
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], args)
             state = state._replace(kl_coef=kl_coef)
-        metrics["lr"] = schedule((step - 1) * updates_per_step)
+        metrics["lr"] = schedule((step - 1) * updates_per_step)  # of the first update
         metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)

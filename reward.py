@@ -281,7 +281,7 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     eos_token_id: int | None = None
     pad_token_id: int | None = None
-    reward_gain: float = 1.0  # of a reward model: its score is gain * raw score + shift
+    reward_gain: float = 1.0  # a record: reward.py has folded gain and shift into the weights
     reward_shift: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping it
@@ -780,9 +780,9 @@ def make_state(params, optimizer):
 def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size):
     """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
 
-    loss_fn(params, micro_batch) -> (loss, metrics) are means over some of counts [B]: the tokens
-    or sequences of each row that count. Weighting every micro-batch by its share of them gives the
-    whole batch's mean; a mean of means would favour the short rows.
+    loss_fn(params, micro_batch) -> (loss, metrics), each a mean over tokens (or sequences); counts
+    [B] says how many of them each row has. Weighting a micro-batch by its share gives the whole
+    batch's mean; a mean of means would favour the short rows.
     """
 
     def split(x):  # [B, …] -> [M, B / M, …]
