@@ -9,7 +9,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 # XLA's CPU backend takes fresh memory at every call; in huge pages (Linux, glibc 2.35 or newer)
-# that costs a third less time. Elsewhere the variable is not read.
+# that costs less time. Elsewhere the variable is not read.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 # Compiled programs are kept, so that a second run starts faster.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
