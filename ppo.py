@@ -125,8 +125,9 @@ def find_model(name):
         except Exception as error:  # offline, no such model, not public: the hub's words say which
             fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
     if not folder.is_dir():
-        script = folder.parts[1] if folder.parts[0] == "runs" else "sft"
-        fail(f"no model at {name}: run `python {script}.py` first, or pass a hub name such as gpt2")
+        made_here = len(folder.parts) > 1 and folder.parts[0] == "runs"
+        run = f"run `python {folder.parts[1]}.py` first, or " if made_here else ""
+        fail(f"no model at {name}: {run}pass a folder or a hub name such as gpt2")
     return folder
 
 
