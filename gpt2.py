@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     model: str = "gpt2"  # folder in Hugging Face's GPT-2 layout, or a name on the hub
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text to continue; repeatable

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import tyro
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     # folder or hub name of the policy's start, which is also the reference
     model: str = "runs/sft/model"
@@ -876,31 +876,38 @@ def make_state(params, optimizer, kl_coef):
     return TrainState(params, jax.jit(optimizer.init)(params), jnp.float32(kl_coef))
 
 
-def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size):
+def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metric_counts=None):
     """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
 
     loss_fn(params, micro_batch) -> (loss, metrics), each a mean over tokens (or sequences); counts
-    [B] says how many of them each row has. Weighting a micro-batch by its share gives the whole
-    batch's mean; a mean of means would favour the short rows.
+    [B] says how many of them each row has, metric_counts the same of the metrics, where these are
+    means over something else. Weighting a micro-batch by its share gives the whole batch's mean; a
+    mean of means would favour the short rows.
     """
 
     def split(x):  # [B, …] -> [M, B / M, …]
         return x.reshape(-1, micro_batch_size, *x.shape[1:])
 
-    weights = split(counts).sum(axis=1) / jnp.maximum(counts.sum(), 1)  # [M]
+    def shares(counts):  # [B] -> [M]
+        return split(counts).sum(axis=1) / jnp.maximum(counts.sum(), 1)
+
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def add(total, micro_batch_and_weight):
-        micro_batch, weight = micro_batch_and_weight
-        result = value_and_grad(params, micro_batch)
-        return jax.tree.map(lambda t, x: t + weight * x, total, result), None
+    def add(total, part):
+        micro_batch, share, metric_share = part
+        (loss, metrics), grads = value_and_grad(params, micro_batch)
+        loss, grads = jax.tree.map(lambda x: share * x, (loss, grads))
+        metrics = jax.tree.map(lambda x: metric_share * x, metrics)
+        return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
 
     micro_batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, first))
-    return jax.lax.scan(add, zeros, (micro_batches, weights))[0]
+    metric_shares = shares(counts if metric_counts is None else metric_counts)
+    return jax.lax.scan(add, zeros, (micro_batches, shares(counts), metric_shares))[0]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 4, 5))
 def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
     """Log-probabilities of the response tokens, entropies of what they were drawn from: [B, R].
 
@@ -920,45 +927,23 @@ def critic_values(params, config, tokens, mask, prompt_length):
     return scores[:, prompt_length - 1 : -1]
 
 
-class Settings(NamedTuple):
-    """Those of Args that the jitted functions read, as one static argument."""
-
-    temperature: float
-    whiten_rewards: bool
-    gamma: float
-    lam: float
-    epochs: int
-    num_minibatches: int
-    micro_batch_size: int
-    clip_eps: float
-    value_clip_eps: float
-    vf_coef: float
-    stop_kl: float | None
-
-
 @functools.partial(jax.jit, static_argnums=(6, 7))
-def make_batch(state, ref_params, tokens, mask, logprobs, scores, configs, settings):
+def make_experience(state, tokens, mask, logprobs, ref_logprobs, scores, critic_config, args):
     """What train_step learns from: (batch, metrics) of a rollout and its scores.
 
-    tokens, mask [B, P + R]; logprobs [B, R], those of sampling; scores [B]; configs: those of the
-    policy and the critic.
+    tokens, mask [B, P + R]; logprobs, ref_logprobs [B, R], those of sampling; scores [B].
     """
-    config, critic_config = configs
     prompt_length = tokens.shape[1] - logprobs.shape[1]
     response_mask = mask[:, prompt_length:].astype(jnp.float32)  # [B, R]
-    # 1. Log-probabilities under the reference, at the temperature of sampling.
-    ref_logprobs, _ = policy_logprobs(
-        ref_params, config, tokens, mask, prompt_length, settings.temperature
-    )
-    # 2. The KL penalty at every token, the score at the last.
+    # 1. The KL penalty at every token, the score at the last.
     kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
     rewards = compute_rewards(scores, kl, response_mask, state.kl_coef)
-    if settings.whiten_rewards:
+    if args.whiten_rewards:
         rewards = whiten(rewards, response_mask, shift_mean=False)
-    # 3. Advantages, whitened once over the whole rollout, not once in each minibatch.
+    # 2. Advantages, whitened once over the whole rollout, not once in each minibatch.
     values = critic_values(state.params["critic"], critic_config, tokens, mask, prompt_length)
     values = values * response_mask
-    advantages, returns = compute_gae(rewards, values, response_mask, settings.gamma, settings.lam)
+    advantages, returns = compute_gae(rewards, values, response_mask, args.gamma, args.lam)
     unexplained, spread = (
         masked_mean((x - masked_mean(x, response_mask)) ** 2, response_mask)
         for x in (returns - values, returns)
@@ -973,19 +958,15 @@ def make_batch(state, ref_params, tokens, mask, logprobs, scores, configs, setti
         "returns": returns,
     }
     return batch, {
-        "objective/kl": kl.mean(),
         "objective/kl_coef": state.kl_coef,
-        "objective/entropy": -jnp.sum(logprobs * response_mask, axis=1).mean(),
-        "objective/scores": scores.mean(),
         "objective/non_score_reward": -state.kl_coef * kl.mean(),
         "objective/rlhf_reward": (scores - state.kl_coef * kl).mean(),
         "val/explained_variance": 1 - unexplained / (spread + 1e-8),
-        "completions/mean_length": response_mask.sum(axis=1).mean(),
     }
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
-def train_step(state, batch, key, configs, optimizer, settings):
+def train_step(state, batch, key, configs, optimizer, args):
     """All updates of one rollout, epochs * num_minibatches, in one scan: (state, metrics)."""
     config, critic_config = configs
     size, response_length = batch["logprobs"].shape
@@ -995,17 +976,17 @@ def train_step(state, batch, key, configs, optimizer, settings):
         tokens, mask = batch["tokens"], batch["mask"]
         response_mask = mask[:, prompt_length:].astype(jnp.float32)
         logprobs, entropy = policy_logprobs(
-            params["policy"], config, tokens, mask, prompt_length, settings.temperature
+            params["policy"], config, tokens, mask, prompt_length, args.temperature
         )
         policy_loss, policy_metrics = ppo_policy_loss(
-            logprobs, batch["logprobs"], batch["advantages"], response_mask, settings.clip_eps
+            logprobs, batch["logprobs"], batch["advantages"], response_mask, args.clip_eps
         )
         values = critic_values(params["critic"], critic_config, tokens, mask, prompt_length)
         value_loss, value_metrics = value_function_loss(
-            values, batch["values"], batch["returns"], response_mask, settings.value_clip_eps
+            values, batch["values"], batch["returns"], response_mask, args.value_clip_eps
         )
         metrics = {"policy/entropy_avg": masked_mean(entropy, response_mask)}
-        loss = policy_loss + settings.vf_coef * value_loss
+        loss = policy_loss + args.vf_coef * value_loss
         return loss, metrics | policy_metrics | value_metrics
 
     def update(carry, rows):
@@ -1013,7 +994,7 @@ def train_step(state, batch, key, configs, optimizer, settings):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
         counts = minibatch["mask"][:, prompt_length:].sum(axis=1)  # [B / num_minibatches]
         (_, metrics), grads = accumulate_gradients(
-            loss_fn, params, minibatch, counts, settings.micro_batch_size
+            loss_fn, params, minibatch, counts, args.micro_batch_size
         )
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
@@ -1022,13 +1003,13 @@ def train_step(state, batch, key, configs, optimizer, settings):
             lambda new, old: jnp.where(active, new, old), new, (params, opt_state)
         )
         weight = counts.sum() * active
-        if settings.stop_kl is not None:
-            active = active & (metrics["policy/approxkl_avg"] <= settings.stop_kl)
+        if args.stop_kl is not None:
+            active = active & (metrics["policy/approxkl_avg"] <= args.stop_kl)
         return (params, opt_state, active), (metrics, weight)
 
-    keys = jax.random.split(key, settings.epochs)
+    keys = jax.random.split(key, args.epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)  # [epochs, B]
-    order = order.reshape(settings.epochs * settings.num_minibatches, -1)
+    order = order.reshape(args.epochs * args.num_minibatches, -1)
     carry = (state.params, state.opt_state, jnp.bool_(True))
     (params, opt_state, _), (metrics, weights) = jax.lax.scan(update, carry, order)
     metrics = {name: jnp.average(x, weights=weights) for name, x in metrics.items()}
@@ -1099,51 +1080,58 @@ def main(args):
     batches = prompt_batches(len(rows), args.batch_size, args.steps, args.seed)
     updates_per_step = args.epochs * args.num_minibatches
     optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
-    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     params = {"policy": ref_params, "critic": critic_params}
     state, start = run.start(make_state(params, optimizer, args.kl_coef), args.steps)
 
     def rollout(prompts, stream, step):
-        """(tokens, mask, logprobs, scores), metrics and samples of the present policy."""
+        """(what make_experience takes, metrics, samples) of the present policy."""
         rows, ids = zip(*prompts)
         prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
         tokens, mask = pad_rows(ids, prompt_length, left=True)
         sampling = (args.max_completion_length, args.temperature, eos_id)
-        tokens, mask, logprobs = generate(
-            state.params["policy"], config, tokens, mask, key, *sampling
+        params = state.params["policy"]
+        tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
+        ref_logprobs, _ = policy_logprobs(
+            ref_params, config, tokens, mask, prompt_length, args.temperature
         )
         completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
         ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
-        metrics = {"completions/clipped_ratio": 1 - ended.mean()}
         scores = -args.missing_eos_penalty * ~ended
         if args.reward_model:
             learned = score_sequences(reward_params, critic_config, tokens, mask)
             scores = scores + np.asarray(learned)
         for function, weight in zip(functions, weights):
             scores = scores + weight * call_reward(function, rows, completions)
+        response_mask = mask[:, prompt_length:]
+        kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
+        metrics = {
+            "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+            "objective/entropy": -jnp.sum(logprobs * response_mask, axis=1).mean(),
+            "objective/scores": scores.mean(),
+            "completions/mean_length": response_mask.sum(axis=1).mean(),
+            "completions/clipped_ratio": 1 - ended.mean(),
+        }
         columns = {"prompt": [row["prompt"] for row in rows], "completion": completions}
         columns["score"] = scores.tolist()
         if gold:
             golds = call_reward(gold, rows, completions)
             metrics["gold/reward"], columns["gold"] = golds.mean(), golds.tolist()
         samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        return (tokens, mask, logprobs, scores), metrics, samples
+        return (tokens, mask, logprobs, ref_logprobs, scores), metrics, samples
 
     def evaluate_and_sample(step):
-        sampled, metrics, samples = rollout(eval_rows, "eval", step)
+        _, metrics, samples = rollout(eval_rows, "eval", step)
         run.log_samples(step, samples[:8])
-        metrics |= make_batch(state, ref_params, *sampled, configs, settings)[1]
-        names = ["objective/scores", "objective/kl", "completions/mean_length", "gold/reward"]
-        return {f"eval/{name}": metrics[name] for name in names if name in metrics}
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
         run.log(0, evaluate_and_sample(0), "eval/objective/scores")
     for step in range(start + 1, args.steps + 1):
         started = time.perf_counter()
         sampled, metrics, _ = rollout([rows[i] for i in batches[step - 1]], "rollout", step)
-        batch, batch_metrics = make_batch(state, ref_params, *sampled, configs, settings)
+        batch, batch_metrics = make_experience(state, *sampled, configs[1], args)
         key = stream_key(args.seed, "minibatches", step)
-        state, update_metrics = train_step(state, batch, key, configs, optimizer, settings)
+        state, update_metrics = train_step(state, batch, key, configs, optimizer, args)
         metrics |= jax.device_get(batch_metrics | update_metrics)
         seconds = time.perf_counter() - started
         if args.kl_target is not None:

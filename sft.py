@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import tyro
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     # folder or hub name of the model to start from; empty: from scratch, of the sizes below
     model: str = ""
@@ -761,29 +761,35 @@ def make_state(params, optimizer):
     return TrainState(params, jax.jit(optimizer.init)(params))
 
 
-def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size):
+def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metric_counts=None):
     """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
 
     loss_fn(params, micro_batch) -> (loss, metrics), each a mean over tokens (or sequences); counts
-    [B] says how many of them each row has. Weighting a micro-batch by its share gives the whole
-    batch's mean; a mean of means would favour the short rows.
+    [B] says how many of them each row has, metric_counts the same of the metrics, where these are
+    means over something else. Weighting a micro-batch by its share gives the whole batch's mean; a
+    mean of means would favour the short rows.
     """
 
     def split(x):  # [B, …] -> [M, B / M, …]
         return x.reshape(-1, micro_batch_size, *x.shape[1:])
 
-    weights = split(counts).sum(axis=1) / jnp.maximum(counts.sum(), 1)  # [M]
+    def shares(counts):  # [B] -> [M]
+        return split(counts).sum(axis=1) / jnp.maximum(counts.sum(), 1)
+
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def add(total, micro_batch_and_weight):
-        micro_batch, weight = micro_batch_and_weight
-        result = value_and_grad(params, micro_batch)
-        return jax.tree.map(lambda t, x: t + weight * x, total, result), None
+    def add(total, part):
+        micro_batch, share, metric_share = part
+        (loss, metrics), grads = value_and_grad(params, micro_batch)
+        loss, grads = jax.tree.map(lambda x: share * x, (loss, grads))
+        metrics = jax.tree.map(lambda x: metric_share * x, metrics)
+        return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
 
     micro_batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, first))
-    return jax.lax.scan(add, zeros, (micro_batches, weights))[0]
+    metric_shares = shares(counts if metric_counts is None else metric_counts)
+    return jax.lax.scan(add, zeros, (micro_batches, shares(counts), metric_shares))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)

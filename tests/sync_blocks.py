@@ -22,6 +22,7 @@ DIFFERENT = {
     "train_step": "the algorithm",
     "rollout": "the algorithm",
     "make_batch": "each algorithm learns from something else",
+    "make_experience": "each algorithm learns from something else",
     "eval_step": "the algorithm",
     "evaluate": "each algorithm is measured by something else",
     "main": "the order of an algorithm's steps",
