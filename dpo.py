@@ -1,9 +1,9 @@
 """Direct preference optimization: a language model learns from pairs, without a reward model.
 
 Rafailov et al. 2023, "Direct preference optimization: your language model is secretly a reward
-model". What maximises E[r] - beta * KL(pi || ref) is pi* = ref * exp(r / beta) / Z, so a policy
-says what reward it is optimal for, r = beta * log(pi / ref) + a constant of the prompt. Put into
-Bradley and Terry's model of the labels, maximum likelihood fits that reward, and so the policy.
+model". What maximises E[r] - beta * KL(pi || ref) is pi* = ref * exp(r / beta) / Z. So a policy
+tells which reward it is best for: r = beta * log(pi / ref), up to a constant of the prompt. Put
+into Bradley and Terry's model of labels, sigmoid(r1 - r2), this is trained to explain them.
 
     python dpo.py                                     # from runs/sft/model, on the embedded pairs
     python dpo.py --model gpt2 --dataset my.jsonl --eval-dataset my_test.jsonl \\
@@ -12,8 +12,8 @@ Bradley and Terry's model of the labels, maximum likelihood fits that reward, an
 Data is JSON Lines: {"prompt", "chosen", "rejected"}. The reference's log-probabilities of all
 answers are computed once, before training, and only they are kept.
 
-With the defaults it takes about TODO seconds on two CPU cores. Compare with sft.py and reward.py;
-next: `diff dpo.py iterative_dpo.py`.
+With the defaults it takes about TODO seconds on two CPU cores.
+Compare with sft.py and reward.py; next: `diff dpo.py iterative_dpo.py`.
 """
 
 import sys
@@ -52,7 +52,7 @@ class Args:
     max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
-    temperature: float = 1.0  # of the samples, of which KL and gold reward are taken
+    temperature: float = 1.0  # of sampling
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 50  # steps between evaluations on the held-out data
     save_every: int = 50  # steps between checkpoints
@@ -225,7 +225,7 @@ def encode_rows(rows, fields, tokenizer, eos_id, max_prompt_length, max_completi
     for row in rows:
         prompt = tokenizer.encode_ordinary(row["prompt"]) or [eos_id]
         completions = [[*tokenizer.encode_ordinary(row[name]), eos_id] for name in fields]
-        if max(map(len, completions)) <= max_completion_length:
+        if max(map(len, completions), default=0) <= max_completion_length:
             shortened += len(prompt) > max_prompt_length
             encoded.append([prompt[-max_prompt_length:], *completions])
             kept.append(row)
@@ -987,7 +987,7 @@ def main(args):
     max_length = args.max_prompt_length + args.max_completion_length
     check_sizes(config, tokenizer, max_length)
     if args.temperature <= 0:
-        fail("--temperature must be above 0: at 0 nothing is sampled, and there is no KL to see")
+        fail("--temperature must be above 0: at 0 nothing is sampled, and there is no KL")
     if args.label_smoothing and args.loss != "sigmoid":
         fail(f"--label-smoothing is for --loss sigmoid, not for {args.loss}")
     embedded, gold = Path("data/reviews"), args.gold
@@ -1001,7 +1001,7 @@ def main(args):
         return encode_rows(rows, ["chosen", "rejected"], tokenizer, eos_id, *lengths)
 
     (_, rows), (eval_texts, eval_rows) = load_rows(args.dataset), load_rows(args.eval_dataset)
-    prompts = [(text, row[0]) for text, row in zip(eval_texts, eval_rows)][:256]
+    eval_prompts = [(text, row[0]) for text, row in zip(eval_texts, eval_rows)][:256]
     check_batch_sizes(len(rows), args.batch_size, args.micro_batch_size)
     lengths = [sum(map(len, row)) for row in rows]
     batches = length_batches(lengths, args.batch_size, args.epochs, args.seed)
@@ -1014,22 +1014,23 @@ def main(args):
     del ref_params  # from here on its log-probabilities are enough
 
     def rollout(prompts, stream, step):
-        """Metrics and samples of the present policy."""
+        """(metrics, samples) of the present policy."""
         rows, ids = zip(*prompts)
         prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
         tokens, mask = pad_rows(ids, prompt_length, left=True)
         sampling = (args.max_completion_length, args.temperature, eos_id)
         tokens, mask, logprobs = generate(state.params, config, tokens, mask, key, *sampling)
-        completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
-        response_mask = mask[:, prompt_length:]
-        _, ref_params = load_model(args.model)  # needed for this KL alone, and read again for it
+        _, ref_params = load_model(args.model)  # not kept: these samples alone need it
         ref_logprobs, _ = policy_logprobs(
             ref_params, config, tokens, mask, prompt_length, args.temperature
         )
-        kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
+        completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
         ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
+        response_mask = mask[:, prompt_length:]
+        kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
         metrics = {
             "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+            "objective/entropy": -jnp.sum(logprobs * response_mask, axis=1).mean(),
             "completions/mean_length": response_mask.sum(axis=1).mean(),
             "completions/clipped_ratio": 1 - ended.mean(),
         }
@@ -1041,7 +1042,7 @@ def main(args):
         return metrics, samples
 
     def evaluate_and_sample(step):
-        metrics, samples = rollout(prompts, "eval", step)
+        metrics, samples = rollout(eval_prompts, "eval", step)
         run.log_samples(step, samples[:8])
         logprobs = dataset_logprobs(state.params, config, eval_rows, args.batch_size, max_length)
         lengths = np.array([[len(chosen), len(rejected)] for _, chosen, rejected in eval_rows])
@@ -1050,8 +1051,7 @@ def main(args):
 
     if start == 0:
         run.log(0, evaluate_and_sample(0), "eval/loss")
-    for step in range(start + 1, len(batches) + 1):
-        indices = batches[step - 1]
+    for step, indices in enumerate(batches[start:], start + 1):
         batch = make_batch([rows[i] for i in indices], max_length)
         batch["ref_logprobs"] = ref_logprobs[indices]
         started = time.perf_counter()
@@ -1063,8 +1063,7 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
-            shown = ["loss", "eval/rewards/accuracies", "eval/objective/kl", "eval/gold/reward"]
-            run.log(step, metrics, *shown)
+            run.log(step, metrics, "loss", "eval/objective/kl", "eval/gold/reward")
         if run.due(step, args.save_every):
             run.save(step, state)
     run.finish()

@@ -218,7 +218,7 @@ def encode_rows(rows, fields, tokenizer, eos_id, max_prompt_length, max_completi
     for row in rows:
         prompt = tokenizer.encode_ordinary(row["prompt"]) or [eos_id]
         completions = [[*tokenizer.encode_ordinary(row[name]), eos_id] for name in fields]
-        if max(map(len, completions)) <= max_completion_length:
+        if max(map(len, completions), default=0) <= max_completion_length:
             shortened += len(prompt) > max_prompt_length
             encoded.append([prompt[-max_prompt_length:], *completions])
             kept.append(row)
