@@ -1,4 +1,5 @@
 # make          environment, then sft.py, reward.py, ppo.py on the embedded data, and a table
+# make all      the same and dpo.py, grpo.py, iterative_dpo.py, and the table of them all
 # make test     environment, then lint and tests
 # make clean    removes runs/ and the environments
 #
@@ -15,11 +16,19 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-all-three: $(VENV)/ready
+all-three: three-stages
+	$(RUN) evaluate.py --no-frontier
+
+all: three-stages
+	$(RUN) dpo.py --resume
+	$(RUN) grpo.py --resume
+	$(RUN) iterative_dpo.py --resume
+	$(RUN) evaluate.py --models $(foreach x,ppo dpo grpo iterative_dpo,runs/$(x)/model)
+
+three-stages: $(VENV)/ready
 	$(RUN) sft.py --resume
 	$(RUN) reward.py --resume
 	$(RUN) ppo.py --resume
-	$(RUN) evaluate.py --no-frontier
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,4 +48,4 @@ $(VENV)/ready-dev: requirements-dev.txt
 clean:
 	rm -rf runs $(VENV) .jax_cache
 
-.PHONY: all-three test clean
+.PHONY: all-three all three-stages test clean

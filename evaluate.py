@@ -3,6 +3,7 @@
     python evaluate.py                                            # runs/ppo/model, embedded data
     python evaluate.py --models runs/ppo/model runs/dpo/model --kl-coef 0.15
     python evaluate.py --no-frontier                              # the compact table, in seconds
+    python evaluate.py --plot reward_kl.png                       # the same as a plot
 
 The table has each policy's learned reward, gold reward and KL to the reference on held-out prompts.
 The frontier is the most that any policy can get at a KL: the optimum of E[r] - beta KL is
@@ -47,6 +48,7 @@ class Args:
     examples: int = 4  # prompts whose completions are printed side by side
     seed: int = 0  # of the samples
     output: str = ""  # JSON file for all figures and the frontier's points
+    plot: str = ""  # PNG, PDF or SVG file for reward and gold against KL; needs matplotlib
 
 
 # Parsed before JAX is imported, so that --help answers at once (linters call it E402).
@@ -224,6 +226,18 @@ def describe(samples, kl_coef):
     }
 
 
+def share_grammatical(gold, prompts, texts):
+    """Share of the texts that a gold file's own grammar can write, or None where it has none.
+
+    prompts: P of them, texts: N to each, prompt by prompt. data/reviews.py is such a file.
+    """
+    log_prob = getattr(gold, "__globals__", {}).get("log_prob")
+    if log_prob is None:
+        return None
+    asked = [prompt for prompt in prompts for _ in range(len(texts) // len(prompts))]
+    return float(np.mean([log_prob(*pair) > -np.inf for pair in zip(asked, texts)]))
+
+
 def describe_shares(samples, ref, curves, kl_coef, trusted_kl):
     """A policy's shares of what is best at its KL: {name: (share, standard error, trusted)}.
 
@@ -332,6 +346,35 @@ def print_examples(names, questions, drawn):
             print(f"  {name.ljust(max(map(len, names)))}  {scores} {text}")
 
 
+def draw(path, names, drawn, curves, trusted_kl):
+    """Reward and gold against KL: a point for each policy, with standard errors, and the frontiers.
+
+    drawn: Samples of the policies on the frontier's prompts; the curves end at the trusted KL.
+    """
+    import matplotlib.pyplot as plt
+
+    lines = {
+        "reward": [("reward", 1, "the most there is")],
+        "gold": [("gold", 1, "the most there is")],
+    }
+    lines["gold"].append(("reward", 2, "what the best reward gets"))
+    titles = {"reward": "learned reward", "gold": "gold reward"}
+    panels = [x for x in titles if getattr(drawn[0], x) is not None]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        for style, (kind, index, label) in zip(("k-", "k--"), lines[panel]):
+            if kind in curves and index < len(curves[kind]):
+                kl, y = curves[kind][[0, index]].mean(axis=2)
+                axis.plot(kl[kl <= trusted_kl], y[kl <= trusted_kl], style, lw=1, label=label)
+        for name, samples in zip(names, drawn):
+            (kl, kl_error), (y, error) = map(mean_and_error, (samples.kl, getattr(samples, panel)))
+            axis.errorbar(kl, y, error, kl_error, "o", capsize=2, label=name)
+        axis.set(xlabel="KL to the reference, nats a sequence", ylabel=titles[panel])
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 # -------------------------------------------------------------------------------------------- main
 
 
@@ -344,6 +387,8 @@ def main(args):
         fail("--temperature must be above 0: there is no KL from a policy that takes one token")
     if args.kl_coef is not None and not (args.kl_coef > 0 and args.reward_model):
         fail("--kl-coef must be above 0, and needs --reward-model: J is that of the learned reward")
+    if args.plot and not args.frontier:
+        fail("--plot draws the frontier, too: leave --no-frontier out")
     embedded = "data/reviews.py:sentiment" if args.dataset.startswith("data/reviews/") else None
     gold = ppo.load_function(args.gold or embedded) if args.gold or embedded else None
     if not gold and not args.reward_model:
@@ -410,6 +455,9 @@ def main(args):
 
     report = {"args": vars(args)}
     figures = [{"policy": n} | describe(x, args.kl_coef) for n, x in zip(names, drawn)]
+    for row, samples in zip(figures, drawn):
+        share = share_grammatical(gold, prompts[: args.num_prompts], samples.texts)
+        row |= {} if share is None else {"grammatical": share}
     size = f"{len(drawn[0].kl)} prompts x {args.samples_per_prompt} completions"
     print_table(f"{args.dataset}, {size}", figures)
     report["table"] = figures
@@ -455,6 +503,8 @@ def main(args):
             f"share of the most at its KL, {size}; *: past the trusted KL, too high", shares
         )
         report |= {"shares": shares, "trusted_kl": trusted_kl}
+        if args.plot:
+            draw(args.plot, names, share_drawn, curves, trusted_kl)
         points = {kind: curve.mean(axis=2).tolist() for kind, curve in curves.items()}
         report["frontier"] = {k: dict(zip(("kl", k, "gold"), x)) for k, x in points.items()}
         if args.kl_coef is not None:

@@ -1,22 +1,28 @@
-"""GRPO on a language model: it learns from rewards compared within a group of its own samples.
+"""GRPO on a language model: it learns from rewards, compared within a group of its own samples.
 
 Shao et al. 2024, "DeepSeekMath", section 4. Each step samples num_generations completions to each
-prompt. A completion's advantage is its reward less that of its group, the same at every token: the
-group takes the place of ppo.py's critic. What others made of it, in flags:
+prompt. The advantage of a completion is its reward less its group's mean, the same at every token:
+the group takes the place of ppo.py's critic. What others made of it, in flags:
 
-    paper                       flags
-    GRPO (Shao et al. 2024)     --advantage group-std --aggregation sequence --kl-in loss
-    Dr. GRPO (Liu et al. 2025)  --advantage group --aggregation constant --kl-coef 0
-    DAPO (Yu et al. 2025)       --advantage group-std --aggregation token --clip-eps-high 0.28
-                                --kl-coef 0
-    GSPO (Zheng et al. 2025)    --advantage group-std --aggregation sequence --ratio-level sequence
-                                --clip-eps 3e-4 --clip-eps-high 4e-4 --kl-coef 0
-    RLOO (Ahmadian et al. 2024) --advantage leave-one-out --aggregation constant --kl-in reward
+    paper                        flags
+    GRPO (Shao et al. 2024)      --advantage group-std --aggregation sequence --kl-in loss
+    Dr. GRPO (Liu et al. 2025)   --advantage group --aggregation constant --kl-coef 0
+    DAPO (Yu et al. 2025)        --advantage group-std --aggregation token --clip-eps-high 0.28
+                                 --kl-coef 0 --mask-truncated-completions; it also samples anew
+                                 where a group has no spread, which is not done here
+    GSPO (Zheng et al. 2025)     --advantage group-std --aggregation sequence --ratio-level sequence
+                                 --clip-eps 3e-4 --clip-eps-high 4e-4 --kl-coef 0
+    RLOO (Ahmadian et al. 2024)  --advantage leave-one-out --aggregation constant --kl-in reward
 
-TODO KL in the reward, or in the loss
+--kl-in reward takes k1, the log-ratio to the reference summed over the completion, off the reward.
+The policy gradient is then that of E[r] - kl_coef * KL(pi || ref), and the optimum that of ppo.py,
+ref * exp(r / kl_coef) / Z. --kl-in loss, the paper's way, adds k3 at every token. On-policy its
+gradient is that of KL(ref || pi), token by token: blind to where a token leads, and with another
+fixed point (kl_coef * ref / (lambda - r) at one step). tests/test_optimum.py shows both, exactly.
+TODO measured
 
 With one update a rollout (--epochs 1 --num-minibatches 1) the ratio is 1, nothing is clipped, and
-the loss is near 0 whatever is learned: the advantages of a group sum to 0. Its gradient is not 0.
+the loss is about 0, whatever is learned, since a group's advantages sum to 0. Its gradient is not.
 
     python grpo.py                      # runs/sft/model against runs/reward/model, embedded prompts
     python grpo.py --model gpt2 --dataset my_prompts.jsonl --reward my_rewards.py:function
@@ -62,13 +68,14 @@ class Args:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     kl_coef: float = 0.3  # weight of the KL penalty
     kl_in: Literal["reward", "loss"] = "reward"  # a sequence's k1 in its reward, or k3 in the loss
-    # what is subtracted from a reward, and whether the rest is divided by the group's std
+    # a reward less its group's mean, the same over the group's std, or less the others' mean
     advantage: Literal["group", "group-std", "leave-one-out"] = "group"
     # the loss is a mean over sequences of token means, over tokens, or a sum over a constant
     aggregation: Literal["sequence", "token", "constant"] = "constant"
-    ratio_level: Literal["token", "sequence"] = "token"  # of what the ratio to the sampler is
+    # the ratio that is clipped is that of a token, or the geometric mean over the completion
+    ratio_level: Literal["token", "sequence"] = "token"
     clip_eps: float = 0.2  # of the ratio in the policy's loss
-    clip_eps_high: float | None = None  # upwards, where that is another than downwards
+    clip_eps_high: float | None = None  # the same upwards, where it is another
     ref_sync_steps: int | None = None  # steps between moves of the reference; none: it stays
     # share of the policy in a move: 1 replaces the reference, less gives a moving average
     ref_mixup_alpha: float = 1.0

@@ -1017,7 +1017,7 @@ def dataset_logprobs(params, config, rows, batch_size, max_length):
 
 
 def make_pairs(prompts, answers, scores, pair, rng):
-    """[[prompt, chosen, rejected], …] of N prompts, answers and scores [N, K]; ties make no pair."""
+    """[[prompt, chosen, rejected], …]; answers and scores [N, K]. A tie makes no pair."""
     rows = []
     for prompt, group, score in zip(prompts, answers, scores):
         chosen, rejected = score.argmax(), score.argmin()
