@@ -5,6 +5,9 @@ model". What maximises E[r] - beta * KL(pi || ref) is pi* = ref * exp(r / beta) 
 tells which reward it is best for: r = beta * log(pi / ref), up to a constant of the prompt. Put
 into Bradley and Terry's model of labels, sigmoid(r1 - r2), this is trained to explain them.
 
+Pairs bind only the answers they show. --nll-coef, not part of DPO, holds the policy to the chosen
+ones: it keeps the grammar whole, and the optimum is then no longer pi*.
+
     python dpo.py                                     # from runs/sft/model, on the embedded pairs
     python dpo.py --model gpt2 --dataset my.jsonl --eval-dataset my_test.jsonl \\
         --max-prompt-length 128 --max-completion-length 384 --learning-rate 1e-6 --beta 0.1
@@ -48,7 +51,8 @@ class Args:
     beta: float = 0.3
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"  # sigmoid is DPO's own
     label_smoothing: float = 0.0  # probability that a label is wrong (cDPO); for sigmoid
-    nll_coef: float = 1.0  # weight of the chosen answer's mean negative log-likelihood a token
+    # weight of the chosen answer's mean negative log-likelihood a token; DPO itself has 0
+    nll_coef: float = 1.0
     max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -921,7 +925,7 @@ def pair_loss(logprobs, ref_logprobs, lengths, args):
     """(loss, metrics) of the chosen --loss, all [B, 2]; lengths in tokens."""
     nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])  # of chosen, as in Pang et al. 2024, eq. 1
     logps = {"logps/chosen": logprobs[:, 0].mean(), "logps/rejected": logprobs[:, 1].mean()}
-    if args.loss == "ipo":
+    if args.loss == "ipo":  # so its rewards/… are those of a mean token
         logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
     pairs = (*logprobs.T, *ref_logprobs.T)
     if args.loss == "sigmoid":

@@ -21,8 +21,9 @@ gradient is that of KL(ref || pi), token by token: blind to where a token leads,
 fixed point (kl_coef * ref / (lambda - r) at one step). tests/test_optimum.py shows both, exactly.
 TODO measured
 
-With one update a rollout (--epochs 1 --num-minibatches 1) the ratio is 1, nothing is clipped, and
-the loss is about 0, whatever is learned, since a group's advantages sum to 0. Its gradient is not.
+With one update a rollout (--epochs 1 --num-minibatches 1) the ratio is 1 and nothing is clipped.
+The loss is then near 0, whatever is learned, as a group's advantages sum to 0 (weighted by lengths,
+but for --aggregation sequence, they come near it). Its gradient is not 0, and is what counts.
 
     python grpo.py                      # runs/sft/model against runs/reward/model, embedded prompts
     python grpo.py --model gpt2 --dataset my_prompts.jsonl --reward my_rewards.py:function
@@ -961,7 +962,7 @@ def make_experience(tokens, mask, logprobs, ref_logprobs, scores, ended, args):
         advantages = leave_one_out_advantage(rewards, group_size)
     else:
         advantages = group_relative_advantage(rewards, group_size, args.advantage == "group-std")
-    spread = scores.reshape(-1, group_size).std(axis=1, ddof=1)  # [B / G]
+    groups = scores.reshape(-1, group_size)  # [B / G, G]
     if args.mask_truncated_completions:
         response_mask = response_mask * ended[:, None]
     batch = {
@@ -975,8 +976,9 @@ def make_experience(tokens, mask, logprobs, ref_logprobs, scores, ended, args):
     return batch, {
         "objective/non_score_reward": -args.kl_coef * kl.mean(),
         "objective/rlhf_reward": (scores - args.kl_coef * kl).mean(),
-        "reward_std": spread.mean(),
-        "frac_reward_zero_std": (spread == 0).mean(),  # such a group teaches nothing
+        "reward_std": groups.std(axis=1, ddof=1).mean(),
+        # Such a group teaches nothing. Its std may differ from 0 by rounding.
+        "frac_reward_zero_std": (groups.max(axis=1) == groups.min(axis=1)).mean(),
     }
 
 

@@ -62,7 +62,8 @@ class Args:
     beta: float = 0.3
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"  # sigmoid is DPO's own
     label_smoothing: float = 0.0  # probability that a label is wrong (cDPO); for sigmoid
-    nll_coef: float = 0.0  # weight of the chosen answer's mean negative log-likelihood a token
+    # weight of the chosen answer's mean negative log-likelihood a token; DPO itself has 0
+    nll_coef: float = 0.0
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
@@ -961,7 +962,7 @@ def pair_loss(logprobs, ref_logprobs, lengths, args):
     """(loss, metrics) of the chosen --loss, all [B, 2]; lengths in tokens."""
     nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])  # of chosen, as in Pang et al. 2024, eq. 1
     logps = {"logps/chosen": logprobs[:, 0].mean(), "logps/rejected": logprobs[:, 1].mean()}
-    if args.loss == "ipo":
+    if args.loss == "ipo":  # so its rewards/… are those of a mean token
         logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
     pairs = (*logprobs.T, *ref_logprobs.T)
     if args.loss == "sigmoid":

@@ -1,6 +1,11 @@
-"""The losses of sft.py, reward.py and ppo.py: golden numbers, closed forms, exact enumeration."""
+"""The losses of all scripts: golden numbers of the peers, closed forms, exact enumeration.
 
+Where optimising them leads is in test_optimum.py.
+"""
+
+import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -9,7 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+import dpo
 import gpt2
+import grpo
 import ppo
 import reward
 import sft
@@ -504,6 +511,463 @@ def test_masked_positions_change_nothing(rollout):
         clean = function(jnp.asarray(first), jnp.asarray(second))
         dirty = function(*map(jnp.asarray, garbage))
         jax.tree.map(close, clean, dirty)
+
+
+# --------------------------------------------------------------------------- dpo.py: golden numbers
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("case", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0), ("hinge", 0.0)]
+)
+def test_losses_of_pairs_equal_golden(goldens, float64, case, beta, label_smoothing):
+    """Of given log-probabilities of whole answers: ipo_loss takes them as they are."""
+    golden = goldens("dpo_seq")
+    key = f"{case}_b{beta}_ls{label_smoothing}"
+    loss_fn = {"sigmoid": dpo.dpo_loss, "ipo": dpo.ipo_loss, "hinge": dpo.hinge_loss}[case]
+    policy = [jnp.asarray(golden[f"policy_{x}_logps"]) for x in ("chosen", "rejected")]
+    ref = [golden[f"ref_{x}_logps"] for x in ("chosen", "rejected")]
+    static = (beta, label_smoothing) if case == "sigmoid" else (beta,)
+    (loss, metrics), gradients = value_and_gradients(
+        loss_fn, *policy, *ref, *static, argnums=(0, 1)
+    )
+    close(loss, golden[f"{key}/losses"].mean())
+    close(gradients[0], golden[f"{key}/grad_chosen"])
+    close(gradients[1], golden[f"{key}/grad_rejected"])
+    chosen, rejected = golden[f"{key}/chosen_rewards"], golden[f"{key}/rejected_rewards"]
+    close(metrics["loss"], loss)
+    close(metrics["rewards/chosen"], chosen.mean())
+    close(metrics["rewards/rejected"], rejected.mean())
+    close(metrics["rewards/margins"], (chosen - rejected).mean())
+    close(metrics["rewards/accuracies"], (chosen > rejected).mean(), atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("case", ["sigmoid", "ipo", "hinge"])
+def test_losses_of_tokens_equal_golden(goldens, float64, case, beta):
+    """From log-probabilities of tokens: summed over the answer, for ipo divided by its length.
+
+    TRL masks before what is differentiated there, we in response_logprobs.
+    """
+    golden = goldens("dpo_tok")
+    key, args = f"{case}_b{beta}_ls0.0", dpo.Args(loss=case, beta=beta, nll_coef=0.0)
+    mask = golden["completion_mask"][:, 1:]
+    lengths = mask.sum(axis=1).reshape(2, -1).T  # the first half of the rows is chosen
+
+    def loss_fn(token_logps):
+        policy, ref = (
+            dpo.response_logprobs(x, mask).reshape(2, -1).T
+            for x in (token_logps, jnp.asarray(golden["ref_token_logps"]))
+        )
+        return dpo.pair_loss(policy, ref, lengths, args)
+
+    (loss, metrics), gradient = value_and_gradients(loss_fn, jnp.asarray(golden["token_logps"]))
+    close(loss, golden[f"{key}/loss"])
+    close(gradient, golden[f"{key}/grad_token_logps"] * mask)
+    if case != "ipo":  # whose rewards TRL logs of the sums, we of what the loss sees
+        for name in ("chosen", "rejected", "accuracies", "margins"):
+            close(metrics[f"rewards/{name}"], golden[f"{key}/metric_rewards_{name}"], atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def pairs_of_a_model(tiny, goldens):
+    """Log-probabilities [3, 2] under gpt2_tiny and a reference made of it, lengths, a gradient."""
+    golden, (config, params) = goldens("dpo_model"), tiny
+    names = {"tokens": "input_ids", "mask": "attention_mask", "response_mask": "completion_mask"}
+    batch = {  # [chosen; rejected], [2B, T] -> [B, 2, T]
+        ours: np.swapaxes(golden[theirs].reshape(2, 3, -1), 0, 1) for ours, theirs in names.items()
+    }
+    ref_params = params | {
+        "ln_f": params["ln_f"] | {"scale": params["ln_f"]["scale"] * 0.7},
+        "wpe": {"embedding": params["wpe"]["embedding"] * 0.5},
+    }
+    ref_logprobs = dpo.pair_logprobs(ref_params, batch, config)
+    logprobs, gradient_of = jax.vjp(lambda x: dpo.pair_logprobs(x, batch, config), params)
+    return logprobs, ref_logprobs, batch["response_mask"].sum(axis=2), gradient_of
+
+
+def test_pair_logprobs_equal_golden(pairs_of_a_model, goldens):
+    for ours, theirs in zip(pairs_of_a_model, ("policy", "ref")):
+        sums = goldens("dpo_model")[f"{theirs}_token_logps_f64"].sum(axis=1).reshape(2, 3).T
+        close(ours, sums, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "beta"), [("sigmoid", 0.1), ("sigmoid", 0.5), ("ipo", 0.1), ("hinge", 0.1)]
+)
+def test_loss_of_pairs_of_a_model_equals_golden(pairs_of_a_model, goldens, case, beta):
+    golden, (logprobs, ref_logprobs, lengths, gradient_of) = goldens("dpo_model"), pairs_of_a_model
+    args = dpo.Args(loss=case, beta=beta, nll_coef=0.0)
+    (loss, _), slopes = value_and_gradients(dpo.pair_loss, logprobs, ref_logprobs, lengths, args)
+    (grads,) = gradient_of(slopes)
+    for actual, name in (
+        (loss, "loss"),
+        (grads["ln_f"]["scale"], "grad_ln_f_weight"),
+        (global_norm(grads), "grad_norm"),
+    ):
+        expected = golden[f"{case}_b{beta}/{name}_f64"]
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+# ----------------------------------------------------------------------------- dpo.py: closed forms
+
+
+@pytest.fixture
+def answers(float64):
+    """Policy's and reference's log-probabilities of five chosen and rejected answers, [5] each."""
+    return list(jnp.asarray(np.random.default_rng(4).normal(-20, 3, size=(4, 5))))
+
+
+def test_response_logprobs_sum_what_is_not_masked(float64):
+    logprobs = jnp.array([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]])
+    mask = np.array([[0, 1, 1], [1, 0, 0]])
+    close(dpo.response_logprobs(logprobs, mask), [-6, -8])
+    close(jax.grad(lambda x: dpo.response_logprobs(x, mask).sum())(logprobs), mask)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_dpo_at_the_reference(answers, label_smoothing):
+    """ln 2; the gradient raises the chosen answers and lowers the rejected ones, all alike."""
+    chosen, rejected, *_ = answers
+    (loss, metrics), gradients = value_and_gradients(
+        dpo.dpo_loss, chosen, rejected, chosen, rejected, 0.3, label_smoothing, argnums=(0, 1)
+    )
+    close(loss, np.log(2))
+    slope = 0.3 * (0.5 - label_smoothing) / 5
+    close(gradients[0], np.full(5, -slope))
+    close(gradients[1], np.full(5, slope))
+    assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0
+
+
+def test_dpo_on_two_equal_answers(answers):
+    """ln 2, and whatever the policy learns from the one it forgets by the other."""
+    policy, _, ref, _ = answers
+
+    def loss_fn(x):
+        return dpo.dpo_loss(x, x, ref, ref, 0.3)
+
+    (loss, _), gradient = value_and_gradients(loss_fn, policy)
+    close(loss, np.log(2))
+    close(gradient, np.zeros(5))
+
+
+def test_dpo_of_answers_that_lie_far_apart():
+    """No overflow: the loss is the margin itself, the gradient -beta or 0."""
+    far, zero = jnp.array([2000.0]), jnp.zeros(1)
+    for chosen, loss, slope in ((-far, 1000.0, -0.5), (far, 0.0, 0.0)):
+        (actual, _), gradient = value_and_gradients(dpo.dpo_loss, chosen, zero, zero, zero, 0.5)
+        close(actual, loss)
+        close(gradient, [slope])
+
+
+def test_label_smoothing(answers):
+    """A number, or one for each pair; 1 turns the pair round, 1/2 teaches nothing at margin 0."""
+    eps = np.array([0.0, 0.1, 0.5, 0.9, 1.0])
+    chosen, rejected, ref_chosen, ref_rejected = answers
+    turned = rejected, chosen, ref_rejected, ref_chosen
+    for number in eps:
+        scalar, array = (dpo.dpo_loss(*answers, 0.3, x)[0] for x in (number, np.full(5, number)))
+        close(array, scalar)
+        close(dpo.dpo_loss(*turned, 0.3, 1 - number)[0], scalar)
+    losses = [dpo.dpo_loss(*(x[i : i + 1] for x in answers), 0.3, eps[i])[0] for i in range(5)]
+    close(dpo.dpo_loss(*answers, 0.3, jnp.asarray(eps))[0], np.mean(losses))
+    margin = 0.3 * np.asarray(chosen - ref_chosen - rejected + ref_rejected)
+    expected = np.log1p(np.exp(-margin)) + 0.1 * margin  # -log sigmoid(m), eps * m more
+    close(dpo.dpo_loss(*answers, 0.3, 0.1)[0], expected.mean())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "ipo", "ipo_slope", "hinge", "hinge_slope"),
+    [
+        (0.0, 0.0, 1.0, -2.0, 1.0, -0.5),  # h = 0: (0 - 1)^2, and 1 - 0
+        (1.0, 0.0, 0.0, 0.0, 0.5, -0.5),  # h = 1 = 1 / (2 beta), where IPO wants it
+        (3.0, 0.0, 4.0, 4.0, 0.0, 0.0),  # IPO goes back, the hinge rests once beta * h is 1
+        (0.5, 1.5, 4.0, -4.0, 1.5, -0.5),
+    ],
+)
+def test_ipo_and_hinge_by_hand(float64, chosen, rejected, ipo, ipo_slope, hinge, hinge_slope):
+    """beta = 1/2; given are log-ratios to the reference, and derivatives for the chosen one."""
+    arrays = [jnp.array([x]) for x in (chosen - 7.0, rejected - 9.0, -7.0, -9.0)]
+    for loss_fn, loss, slope in (
+        (dpo.ipo_loss, ipo, ipo_slope),
+        (dpo.hinge_loss, hinge, hinge_slope),
+    ):
+        (actual, metrics), gradients = value_and_gradients(loss_fn, *arrays, 0.5, argnums=(0, 1))
+        close(actual, loss)
+        close(gradients[0], [slope])
+        close(gradients[1], [-slope])
+        close(metrics["rewards/margins"], 0.5 * (chosen - rejected))
+
+
+def test_pair_loss(answers):
+    """The chosen --loss, plus nll_coef times the chosen answers' mean loss a token."""
+    policy, ref = jnp.stack(answers[:2], axis=1), jnp.stack(answers[2:], axis=1)
+    lengths = np.array([[3, 9], [1, 2], [7, 7], [4, 1], [10, 5]])
+    args = dpo.Args(beta=0.3, label_smoothing=0.1, nll_coef=0.0)
+    loss, metrics = dpo.pair_loss(policy, ref, lengths, args)
+    close(loss, dpo.dpo_loss(*answers, 0.3, 0.1)[0])
+    close(metrics["logps/chosen"], answers[0].mean())
+    close(metrics["logps/rejected"], answers[1].mean())
+    more, metrics = dpo.pair_loss(policy, ref, lengths, dataclasses.replace(args, nll_coef=2.0))
+    nll = -np.mean(np.asarray(answers[0]) / lengths[:, 0])
+    close(metrics["nll_loss"], nll)
+    close(more, loss + 2 * nll)
+    close(metrics["loss"], more)
+    args = dpo.Args(loss="ipo", beta=0.3, nll_coef=0.0)
+    a_token = [x / lengths[:, i % 2] for i, x in enumerate(answers)]
+    close(dpo.pair_loss(policy, ref, lengths, args)[0], dpo.ipo_loss(*a_token, 0.3)[0])
+
+
+# -------------------------------------------------------------------------- grpo.py: golden numbers
+
+AGGREGATIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's loss_type: ours
+GRPO_LOSSES = ["b0.0_token_eh0.28", "b0.0_sequence_eh0.28", "b0.04_token_eh0.28"]
+GRPO_LOSSES += ["b0.04_sequence_eh0.28", "b0.04_token_eh0.2", "b0.04_token_onpolicy"]
+
+
+def test_group_relative_advantage_equals_golden(goldens, float64):
+    """Of one reward, and of two with weights; the first group's rewards are all the same."""
+    golden = goldens("grpo")
+    rewards, size = jnp.asarray(golden["rewards_per_func"]), int(golden["num_generations"])
+    weighted = rewards @ golden["reward_weights"]
+    for scale, name in ((True, "group"), (False, "none")):
+        single = grpo.group_relative_advantage(rewards[:, 0], size, scale)
+        close(single, golden[f"advantages_single/{name}"], atol=1e-7)
+        both = grpo.group_relative_advantage(weighted, size, scale)
+        close(both, golden[f"advantages/{name}/sum_then_normalize"], atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
+@pytest.mark.parametrize("case", GRPO_LOSSES)
+def test_grpo_loss_equals_golden(goldens, float64, loss_type, case):
+    golden, key = goldens("grpo"), f"{loss_type}_{case}"
+    kl_coef, ratio_level, clip_high = case.split("_")
+    onpolicy = clip_high == "onpolicy"
+    logprobs = jnp.asarray(golden["token_logps"])
+    (loss, metrics), gradient = value_and_gradients(
+        grpo.grpo_loss,
+        logprobs,
+        logprobs if onpolicy else golden["old_token_logps"],
+        golden["ref_token_logps"],
+        golden["advantages"],
+        golden["completion_mask"] + 0.0,
+        0.2,
+        0.28 if onpolicy else float(clip_high[2:]),
+        float(kl_coef[1:]),
+        AGGREGATIONS[loss_type],
+        ratio_level,
+        int(golden["max_completion_length"]),
+    )
+    close(loss, golden[f"{key}/loss"])
+    close(gradient, golden[f"{key}/grad_token_logps"])
+    if kl_coef != "b0.0":
+        close(metrics["kl"], golden[f"{key}/metric_kl"], atol=1e-7)
+    if ratio_level == "token":
+        low, high = metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]
+        close(low, golden[f"{key}/metric_clip_ratio_low_mean"], atol=1e-7)
+        close(high, golden[f"{key}/metric_clip_ratio_high_mean"], atol=1e-7)
+        close(metrics["policy/clipfrac_avg"], low + high)
+
+
+# ---------------------------------------------------------------------------- grpo.py: closed forms
+
+each_aggregation = pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
+each_ratio_level = pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+
+
+@pytest.fixture
+def group(float64):
+    """logprobs, old and ref [4, 6], advantages [4], a mask with rows of 6, 4, 1 and 3 tokens."""
+    logprobs, old, ref = np.random.default_rng(2).normal(-2, 0.3, size=(3, 4, 6))
+    mask = (np.arange(6) < np.array([6, 4, 1, 3])[:, None]).astype(float)
+    return jnp.asarray(logprobs), old, ref, np.array([1.5, -0.5, -2.0, 1.0]), mask
+
+
+def token_weights(mask, aggregation, max_length):
+    """[B, R]: what each token counts for; the loss is the weighted sum."""
+    if aggregation == "sequence":
+        return mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / len(mask)
+    return mask / (mask.sum() if aggregation == "token" else len(mask) * max_length)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_advantages_of_a_group(float64, scale):
+    """They sum to 0 in each group; a group of equal rewards has none, also after rounding."""
+    rewards = np.random.default_rng(5).normal(size=(5, 3))
+    rewards[1] = 0.1
+    advantages = grpo.group_relative_advantage(jnp.asarray(rewards.reshape(-1)), 3, scale)
+    advantages = np.asarray(advantages).reshape(5, 3)
+    close(advantages.sum(axis=1), np.zeros(5), atol=1e-11)
+    close(advantages[1], np.zeros(3), atol=1e-11)
+    others = [0, 2, 3, 4]
+    expected = rewards - rewards.mean(axis=1, keepdims=True)
+    if scale:
+        expected = expected / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    close(advantages[others], expected[others])
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_leave_one_out_advantage_by_a_loop(float64, group_size):
+    rewards = np.random.default_rng(6).normal(size=12)
+    expected = np.zeros(12)
+    for i in range(12):
+        first = i - i % group_size
+        others = [rewards[j] for j in range(first, first + group_size) if j != i]
+        expected[i] = rewards[i] - np.mean(others)
+    close(grpo.leave_one_out_advantage(jnp.asarray(rewards), group_size), expected)
+
+
+@each_ratio_level
+@each_aggregation
+def test_grpo_loss_on_policy(group, aggregation, ratio_level):
+    """Ratio 1, nothing clipped, KL 0; the gradient is REINFORCE's, -A times a token's weight."""
+    logprobs, _, _, advantages, mask = group
+    (loss, metrics), gradient = value_and_gradients(
+        lambda x: grpo.grpo_loss(
+            x, logprobs, logprobs, advantages, mask, 0.2, 0.28, 0.1, aggregation, ratio_level, 8
+        ),
+        logprobs,
+    )
+    expected = -advantages[:, None] * token_weights(mask, aggregation, 8)
+    close(loss, expected.sum())
+    close(gradient, expected)
+    close(metrics["val/ratio"], 1)
+    for name in ("policy/approxkl_avg", "policy/clipfrac_avg", "kl"):
+        assert metrics[name] == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope", "low", "high"),
+    [
+        (1.25, 2.0, -2.5, -2.5, 0, 0),  # within 0.28 upwards, though not within 0.2
+        (1.4, 2.0, -2.56, 0.0, 0, 1),  # good, and already much likelier: clipped at 1.28
+        (1.4, -2.0, 2.8, 2.8, 0, 0),  # bad, but likelier: the way back is not clipped
+        (0.9, -2.0, 1.8, 1.8, 0, 0),
+        (0.75, -2.0, 1.6, 0.0, 1, 0),  # bad, and already rarer: clipped at 0.8, not at 0.72
+        (0.5, 2.0, -1.0, -1.0, 0, 0),
+    ],
+)
+@each_ratio_level
+@each_aggregation
+def test_grpo_loss_by_hand(
+    float64, ratio, advantage, loss, slope, low, high, aggregation, ratio_level
+):
+    """One token, clipped at 0.8 and 1.28; slope is the derivative for its log-probability."""
+    logprobs, old = jnp.log(jnp.array([[ratio]])) - 1.0, jnp.array([[-1.0]])
+    (actual, metrics), gradient = value_and_gradients(
+        grpo.grpo_loss,
+        *(logprobs, old, old, jnp.array([advantage]), jnp.ones((1, 1))),
+        *(0.2, 0.28, 0.0, aggregation, ratio_level, 1),
+    )
+    close(actual, loss)
+    close(gradient, [[slope]])
+    close(metrics["clip_ratio/low_mean"], low)
+    close(metrics["clip_ratio/high_mean"], high)
+    close(metrics["policy/clipfrac_avg"], low + high)
+    close(metrics["val/ratio"], ratio)
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens(float64):
+    """(2 * 1/2 * 1.331)^(1/3) = 1.1: not clipped, though each token would be; padding is out."""
+    ratios = np.array([[2.0, 0.5, 1.331, 100.0]])
+    mask, old = np.array([[1.0, 1.0, 1.0, 0.0]]), np.full((1, 4), -1.0)
+    logprobs = jnp.asarray(old + np.log(ratios))
+    (loss, metrics), gradient = value_and_gradients(
+        grpo.grpo_loss,
+        *(logprobs, old, old, jnp.array([2.0]), mask),
+        *(0.2, 0.2, 0.0, "sequence", "sequence", 4),
+    )
+    close(loss, -2.2)
+    close(metrics["val/ratio"], 1.1)
+    close(gradient, -2.2 * mask / 3)
+    assert metrics["policy/clipfrac_avg"] == 0
+
+
+@each_aggregation
+def test_kl_of_grpo_loss(group, aggregation):
+    """k3 = exp(d) - 1 - d of each token, weighted as the rest; its derivative is 1 - exp(d)."""
+    logprobs, _, ref, advantages, mask = group
+
+    def loss_fn(x):
+        return grpo.grpo_loss(
+            x, logprobs, ref, 0 * advantages, mask, 0.2, 0.2, 0.7, aggregation, "token", 8
+        )
+
+    (loss, metrics), gradient = value_and_gradients(loss_fn, logprobs)
+    difference, weights = ref - logprobs, 0.7 * token_weights(mask, aggregation, 8)
+    k3 = np.exp(difference) - 1 - difference
+    close(loss, (weights * k3).sum())
+    close(gradient, weights * (1 - np.exp(difference)))
+    close(metrics["kl"], (k3 * mask).sum() / mask.sum())
+
+
+@pytest.mark.parametrize("difference", [1e-2, 1e-3, -1e-3])
+def test_kl_of_grpo_loss_is_accurate_near_0(difference):
+    """In float32: exp(d) - 1 - d for d = 0.001 would be off by a tenth."""
+    ref = jnp.full((1, 1), difference, jnp.float32)
+    zeros, mask = jnp.zeros((1, 1)), jnp.ones((1, 1))
+    loss, _ = grpo.grpo_loss(
+        zeros, zeros, ref, jnp.zeros(1), mask, 0.2, 0.2, 1.0, "token", "token", 1
+    )
+    expected = np.expm1(np.float64(difference)) - difference
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+
+
+@each_ratio_level
+@each_aggregation
+def test_masked_tokens_change_nothing_in_grpo_loss(group, aggregation, ratio_level):
+    """Whatever stands in padding; a row without any token counts for no more than its zero."""
+    *logprobs, advantages, mask = group
+    mask = mask * np.array([1, 1, 0, 1])[:, None]
+    garbage = [np.where(mask > 0, x, 9.0 * (i - 1)) for i, x in enumerate(logprobs)]
+    static = (advantages, mask, 0.2, 0.28, 0.1, aggregation, ratio_level, 8)
+    clean = value_and_gradients(grpo.grpo_loss, *logprobs, *static)
+    dirty = value_and_gradients(grpo.grpo_loss, jnp.asarray(garbage[0]), *garbage[1:], *static)
+    jax.tree.map(close, dirty, clean)
+    (loss, _), gradient = clean
+    assert np.isfinite(loss)
+    assert not np.asarray(gradient)[mask == 0].any() and np.asarray(gradient)[mask > 0].any()
+    others = (x[mask.any(axis=1)] for x in (*logprobs, advantages, mask))
+    loss_of_others, _ = grpo.grpo_loss(*others, *static[2:])
+    close(loss, loss_of_others * (1 if aggregation == "token" else 3 / 4))
+
+
+def test_grpo_loss_of_padding_alone_is_0(group):
+    *logprobs, advantages, mask = group
+    for aggregation, level in itertools.product(AGGREGATIONS.values(), ("token", "sequence")):
+        (loss, metrics), gradient = value_and_gradients(
+            grpo.grpo_loss,
+            *(*logprobs, advantages, 0 * mask, 0.2, 0.28, 0.1, aggregation, level, 8),
+        )
+        assert loss == 0 and not np.asarray(gradient).any()
+        assert not any(metrics.values())
+
+
+def test_wrong_shapes_are_refused(group):
+    """[B, 1] and [B] would broadcast to [B, B] without a word."""
+    logprobs, old, ref, advantages, mask = group
+    static = (0.2, 0.2, 0.1, "token", "token", 6)
+    row, column = jnp.arange(4.0), jnp.arange(4.0)[:, None]
+    for function, *arguments in (
+        (grpo.grpo_loss, logprobs, old, ref, advantages[:, None], mask, *static),
+        (grpo.grpo_loss, logprobs, old, ref, logprobs, mask, *static),
+        (grpo.grpo_loss, logprobs, old[:, :1], ref, advantages, mask, *static),
+        (grpo.grpo_loss, logprobs, old, ref[:1], advantages, mask, *static),
+        (grpo.grpo_loss, logprobs, old, ref, advantages, mask[:, :5], *static),
+        (grpo.group_relative_advantage, column, 2),
+        (grpo.group_relative_advantage, row, 1),
+        (grpo.leave_one_out_advantage, row, 1),
+        (dpo.response_logprobs, logprobs, mask[:, :5]),
+        (dpo.response_logprobs, row, row),
+        (dpo.dpo_loss, column, row, row, row, 0.1),
+        (dpo.dpo_loss, row, row, row, row[:3], 0.1),
+        (dpo.dpo_loss, column, column, column, column, 0.1),
+        (dpo.ipo_loss, row, row, column, row, 0.1),
+        (dpo.hinge_loss, row, row[:1], row, row, 0.1),
+    ):
+        with pytest.raises(AssertionError):
+            function(*arguments)
 
 
 # ------------------------------------------------------------------------ KL, by exact enumeration
