@@ -56,6 +56,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
 import functools
+import importlib.util
 import json
 import random
 import re
@@ -351,16 +352,17 @@ def draw(path, names, drawn, curves, trusted_kl):
 
     drawn: Samples of the policies on the frontier's prompts; the curves end at the trusted KL.
     """
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # here: nothing else needs it
 
+    best = "the learned reward's own optimum"
     lines = {
         "reward": [("reward", 1, "the most there is")],
-        "gold": [("gold", 1, "the most there is")],
+        "gold": [("gold", 1, "the most there is"), ("reward", 2, best)],
     }
-    lines["gold"].append(("reward", 2, "what the best reward gets"))
     titles = {"reward": "learned reward", "gold": "gold reward"}
     panels = [x for x in titles if getattr(drawn[0], x) is not None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    size = (5 * len(panels) + 2.5, 4.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels):
         for style, (kind, index, label) in zip(("k-", "k--"), lines[panel]):
             if kind in curves and index < len(curves[kind]):
@@ -370,8 +372,7 @@ def draw(path, names, drawn, curves, trusted_kl):
             (kl, kl_error), (y, error) = map(mean_and_error, (samples.kl, getattr(samples, panel)))
             axis.errorbar(kl, y, error, kl_error, "o", capsize=2, label=name)
         axis.set(xlabel="KL to the reference, nats a sequence", ylabel=titles[panel])
-        axis.legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
@@ -389,6 +390,8 @@ def main(args):
         fail("--kl-coef must be above 0, and needs --reward-model: J is that of the learned reward")
     if args.plot and not args.frontier:
         fail("--plot draws the frontier, too: leave --no-frontier out")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib: pip install matplotlib")
     embedded = "data/reviews.py:sentiment" if args.dataset.startswith("data/reviews/") else None
     gold = ppo.load_function(args.gold or embedded) if args.gold or embedded else None
     if not gold and not args.reward_model:

@@ -1,9 +1,11 @@
 """evaluate.py: its estimates against enumeration and closed forms, and one run on tiny models."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
+import random
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +120,18 @@ def test_shares():
     assert math.isnan(evaluate.share_of_frontier(0.5, 0.0, frontier_x, frontier_kl))
 
 
+def test_share_grammatical():
+    """By what the grammar writes itself, by nonsense, and without a grammar."""
+    gold = ppo.load_function(str(ROOT / "data" / "reviews.py") + ":sentiment")
+    prompts = ["The Quiet Harbor (western). Sadly,", "The Last Street (romance). In the end,"]
+    rng, sample = random.Random(0), gold.__globals__["sample"]
+    texts = [sample(rng, prompt) for prompt in prompts for _ in range(3)]
+    assert evaluate.share_grammatical(gold, prompts, texts) == 1
+    texts[1] = " the the was. Good it."
+    assert evaluate.share_grammatical(gold, prompts, texts) == pytest.approx(5 / 6)
+    assert evaluate.share_grammatical(lambda prompts, completions: [], prompts, texts) is None
+
+
 def samples_with(reward, gold, kl):
     return evaluate.Samples([], reward, gold, kl, kl, kl)
 
@@ -225,8 +239,11 @@ def small_args(folders, **changes):
 
 def test_a_run(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    output = tmp_path / "evaluation.json"
-    evaluate.main(small_args(folders, kl_coef=0.5, output=str(output)))
+    output, plot = tmp_path / "evaluation.json", tmp_path / "reward_kl.png"
+    can_plot = importlib.util.find_spec("matplotlib") is not None
+    files = {"output": str(output), "plot": str(plot) if can_plot else ""}
+    evaluate.main(small_args(folders, kl_coef=0.5, **files))
+    assert not can_plot or plot.read_bytes().startswith(b"\x89PNG")
     report, printed = json.loads(output.read_text()), capsys.readouterr().out
     ref, copy, policy = report["table"]
     assert ref["kl"] == [0, 0] and abs(copy["kl"][0]) < 1e-4 and policy["kl"][0] > 0.1
@@ -264,6 +281,7 @@ def test_bad_input(folders, monkeypatch, error_line):
         ({"num_prompts": 1}, "--num-prompts"),
         ({"reward_model": str(folders / "ref")}, "not a reward model"),
         ({"reward_model": "", "dataset": "prompts.jsonl"}, "nothing to measure"),
+        ({"plot": "x.png", "frontier": False}, "--no-frontier"),
     ):
         args = dataclasses.replace(small_args(folders), **changes)
         assert word in error_line(evaluate.main, args)
