@@ -10,13 +10,10 @@ ones: it keeps the grammar whole, and the optimum is then no longer pi*.
 
     python dpo.py                                     # from runs/sft/model, on the embedded pairs
     python dpo.py --model gpt2 --dataset my.jsonl --eval-dataset my_test.jsonl \\
-        --max-prompt-length 128 --max-completion-length 384 --learning-rate 1e-6 --beta 0.1
-
-Data is JSON Lines: {"prompt", "chosen", "rejected"}. The reference's log-probabilities of all
-answers are computed once, before training, and only they are kept.
+        --max-prompt-length 128 --max-completion-length 384 --learning-rate 1e-6 --nll-coef 0
 
 With the defaults it takes about TODO seconds on two CPU cores.
-Compare with sft.py and reward.py; next: `diff dpo.py iterative_dpo.py`.
+Compare: `diff dpo.py iterative_dpo.py`.
 """
 
 import sys
@@ -32,14 +29,13 @@ class Args:
     model: str = "runs/sft/model"
     # file.py:function of a ground truth, only logged; the embedded data's by default
     gold: str | None = None
-    # JSON Lines (or .gz) with prompt, chosen and rejected
-    dataset: str = "data/reviews/preferences_train.jsonl"
-    eval_dataset: str = "data/reviews/preferences_test.jsonl"  # the same, held out
+    dataset: str = "data/reviews/preferences_train.jsonl"  # with prompt, chosen and rejected
+    eval_dataset: str = "data/reviews/preferences_test.jsonl"  # held out; the first 256 are sampled
     run_dir: str = "runs/dpo"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
     seed: int = 0  # of the order of the data and the samples
-    epochs: int = 1  # passes over the data
+    epochs: int = 1  # passes over the pairs
     batch_size: int = 64  # pairs in one optimizer step
     # pairs in one forward and backward pass; their gradients are accumulated
     micro_batch_size: int = 16
@@ -54,9 +50,10 @@ class Args:
     # weight of the chosen answer's mean negative log-likelihood a token; DPO itself has 0
     nll_coef: float = 1.0
     max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
-    max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
+    # tokens with EOS, of samples too; a row with a longer answer is dropped
+    max_completion_length: int = 48
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
-    temperature: float = 1.0  # of sampling
+    temperature: float = 1.0  # of sampling, and of the KL; the loss is at 1
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 50  # steps between evaluations on the held-out data
     save_every: int = 50  # steps between checkpoints
@@ -557,6 +554,9 @@ class RunFolder:
         """Fails where the folder must not be used; ends the script where its run is finished."""
         self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
         resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
+        for name, value in self.args.items():  # sizes, counts and intervals
+            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
+                fail(f"--{name.replace('_', '-')} must be at least 1")
         signal.signal(signal.SIGINT, self.interrupt)
         if not (self.path / "args.json").exists():
             if self.path.exists() and any(self.path.iterdir()):
@@ -923,7 +923,8 @@ def pair_logprobs(params, batch, config):
 
 def pair_loss(logprobs, ref_logprobs, lengths, args):
     """(loss, metrics) of the chosen --loss, all [B, 2]; lengths in tokens."""
-    nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])  # of chosen, as in Pang et al. 2024, eq. 1
+    # Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1
+    nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])
     logps = {"logps/chosen": logprobs[:, 0].mean(), "logps/rejected": logprobs[:, 1].mean()}
     if args.loss == "ipo":  # so its rewards/… are those of a mean token
         logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
@@ -992,6 +993,10 @@ def main(args):
     check_sizes(config, tokenizer, max_length)
     if args.temperature <= 0:
         fail("--temperature must be above 0: at 0 nothing is sampled, and there is no KL")
+    if args.beta <= 0:
+        fail("--beta must be above 0")
+    if not 0 <= args.label_smoothing < 0.5:
+        fail("--label-smoothing must be at least 0 and below 0.5")
     if args.label_smoothing and args.loss != "sigmoid":
         fail(f"--label-smoothing is for --loss sigmoid, not for {args.loss}")
     embedded, gold = Path("data/reviews"), args.gold
@@ -1012,10 +1017,10 @@ def main(args):
     optimizer, schedule = make_optimizer(args, len(batches))
     state, start = run.start(make_state(ref_params, optimizer), len(batches))
     ref_logprobs, eval_ref_logprobs = (
-        dataset_logprobs(ref_params, config, pairs, args.batch_size, max_length)
+        dataset_logprobs(ref_params, config, pairs, args.micro_batch_size, max_length)
         for pairs in (rows, eval_rows)
     )
-    del ref_params  # from here on its log-probabilities are enough
+    del ref_params  # training needs no more of it than its log-probabilities
 
     def rollout(prompts, stream, step):
         """(metrics, samples) of the present policy."""
@@ -1048,13 +1053,14 @@ def main(args):
     def evaluate_and_sample(step):
         metrics, samples = rollout(eval_prompts, "eval", step)
         run.log_samples(step, samples[:8])
-        logprobs = dataset_logprobs(state.params, config, eval_rows, args.batch_size, max_length)
+        size = args.micro_batch_size
+        logprobs = dataset_logprobs(state.params, config, eval_rows, size, max_length)
         lengths = np.array([[len(chosen), len(rejected)] for _, chosen, rejected in eval_rows])
         metrics |= pair_loss(jnp.asarray(logprobs), eval_ref_logprobs, lengths, args)[1]
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
-        run.log(0, evaluate_and_sample(0), "eval/loss")
+        run.log(0, evaluate_and_sample(0), "eval/loss", "eval/gold/reward")
     for step, indices in enumerate(batches[start:], start + 1):
         batch = make_batch([rows[i] for i in indices], max_length)
         batch["ref_logprobs"] = ref_logprobs[indices]
@@ -1067,7 +1073,8 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
-            run.log(step, metrics, "loss", "eval/objective/kl", "eval/gold/reward")
+            shown = ["loss", "objective/kl", "gold/reward", "eval/objective/kl", "eval/gold/reward"]
+            run.log(step, metrics, *shown)
         if run.due(step, args.save_every):
             run.save(step, state)
     run.finish()

@@ -236,7 +236,10 @@ def share_grammatical(gold, prompts, texts):
     if log_prob is None:
         return None
     asked = [prompt for prompt in prompts for _ in range(len(texts) // len(prompts))]
-    return float(np.mean([log_prob(*pair) > -np.inf for pair in zip(asked, texts)]))
+    try:
+        return float(np.mean([log_prob(*pair) > -np.inf for pair in zip(asked, texts)]))
+    except ValueError:  # prompts that are not of this grammar
+        return None
 
 
 def describe_shares(samples, ref, curves, kl_coef, trusted_kl):

@@ -6,24 +6,27 @@ the group takes the place of ppo.py's critic. What others made of it, in flags:
 
     paper                        flags
     GRPO (Shao et al. 2024)      --advantage group-std --aggregation sequence --kl-in loss
+                                 --kl-coef 0.04
     Dr. GRPO (Liu et al. 2025)   --advantage group --aggregation constant --kl-coef 0
     DAPO (Yu et al. 2025)        --advantage group-std --aggregation token --clip-eps-high 0.28
-                                 --kl-coef 0 --mask-truncated-completions; it also samples anew
-                                 where a group has no spread, which is not done here
+                                 --kl-coef 0 --mask-truncated-completions; not done here: to sample
+                                 anew where a group has no spread, its penalty on length
     GSPO (Zheng et al. 2025)     --advantage group-std --aggregation sequence --ratio-level sequence
-                                 --clip-eps 3e-4 --clip-eps-high 4e-4 --kl-coef 0
+                                 --clip-eps 3e-4 --clip-eps-high 4e-4 --kl-coef 0 (it omits the KL)
     RLOO (Ahmadian et al. 2024)  --advantage leave-one-out --aggregation constant --kl-in reward
+                                 --epochs 1 --num-minibatches 1
 
---kl-in reward takes k1, the log-ratio to the reference summed over the completion, off the reward.
-The policy gradient is then that of E[r] - kl_coef * KL(pi || ref), and the optimum that of ppo.py,
+The defaults are Dr. GRPO's with the KL in the reward. --kl-in reward takes k1, the log-ratio to the
+reference summed over the completion, off the reward. Without std and with aggregation constant, the
+on-policy gradient is then that of E[r] - kl_coef * KL(pi || ref), and the optimum that of ppo.py,
 ref * exp(r / kl_coef) / Z. --kl-in loss, the paper's way, adds k3 at every token. On-policy its
 gradient is that of KL(ref || pi), token by token: blind to where a token leads, and with another
 fixed point (kl_coef * ref / (lambda - r) at one step). tests/test_optimum.py shows both, exactly.
 TODO measured
 
-With one update a rollout (--epochs 1 --num-minibatches 1) the ratio is 1 and nothing is clipped.
-The loss is then near 0, whatever is learned, as a group's advantages sum to 0 (weighted by lengths,
-but for --aggregation sequence, they come near it). Its gradient is not 0, and is what counts.
+With one update a rollout (--epochs 1 --num-minibatches 1) the ratio is 1, nothing is clipped, and
+the loss says nothing: a group's advantages sum to 0, so it stays near 0 (near kl_coef * k3 with
+--kl-in loss), while its gradient does not.
 
     python grpo.py                      # runs/sft/model against runs/reward/model, embedded prompts
     python grpo.py --model gpt2 --dataset my_prompts.jsonl --reward my_rewards.py:function
@@ -69,16 +72,17 @@ class Args:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     kl_coef: float = 0.3  # weight of the KL penalty
     kl_in: Literal["reward", "loss"] = "reward"  # a sequence's k1 in its reward, or k3 in the loss
-    # a reward less its group's mean, the same over the group's std, or less the others' mean
+    # reward less the group's mean; the same over the group's std; or reward less the others' mean
     advantage: Literal["group", "group-std", "leave-one-out"] = "group"
-    # the loss is a mean over sequences of token means, over tokens, or a sum over a constant
+    # sequence: mean of the sequences' token means; token: mean over all tokens; constant: the sum
+    # over batch size * max_completion_length
     aggregation: Literal["sequence", "token", "constant"] = "constant"
-    # the ratio that is clipped is that of a token, or the geometric mean over the completion
+    # whose ratio is clipped. token: each its own; sequence: the geometric mean of the completion's
     ratio_level: Literal["token", "sequence"] = "token"
-    clip_eps: float = 0.2  # of the ratio in the policy's loss
-    clip_eps_high: float | None = None  # the same upwards, where it is another
+    clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps … 1 + clip_eps
+    clip_eps_high: float | None = None  # the upper bound is 1 + clip_eps_high; none: clip_eps
     ref_sync_steps: int | None = None  # steps between moves of the reference; none: it stays
-    # share of the policy in a move: 1 replaces the reference, less gives a moving average
+    # the new reference is alpha * policy + (1 - alpha) * the old one; objective/kl is to it
     ref_mixup_alpha: float = 1.0
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     mask_truncated_completions: bool = False  # learn nothing from a completion that does not end
@@ -578,6 +582,9 @@ class RunFolder:
         """Fails where the folder must not be used; ends the script where its run is finished."""
         self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
         resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
+        for name, value in self.args.items():  # sizes, counts and intervals
+            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
+                fail(f"--{name.replace('_', '-')} must be at least 1")
         signal.signal(signal.SIGINT, self.interrupt)
         if not (self.path / "args.json").exists():
             if self.path.exists() and any(self.path.iterdir()):
@@ -790,6 +797,7 @@ def group_relative_advantage(rewards, group_size, scale=True, eps=1e-4):
     """
     assert group_size > 1 and rewards.ndim == 1, (rewards.shape, group_size)
     groups = rewards.reshape(-1, group_size)  # [B / G, G]
+    groups = groups - groups[:, :1]  # equal rewards then have advantages of exactly 0
     advantages = groups - groups.mean(axis=1, keepdims=True)
     if scale:
         advantages = advantages / (groups.std(axis=1, ddof=1, keepdims=True) + eps)
@@ -849,13 +857,14 @@ def grpo_loss(
         loss = masked_mean(losses, mask)
     else:
         loss = losses.sum() / (len(mask) * max_length)
-    is_low, is_high = clipped > ratio, clipped < ratio  # where that ends the gradient
+    is_low = (ratio < 1 - clip_low) & (advantages < 0)  # [B, R], or [B, 1]
+    is_high = (ratio > 1 + clip_high) & (advantages > 0)
     return loss, {
         "loss/policy_avg": loss,
-        "policy/approxkl_avg": 0.5 * masked_mean(log_ratio**2, mask),  # k2, as in ppo.py
-        "policy/clipfrac_avg": masked_mean(-advantages * clipped > -advantages * ratio, mask),
-        "clip_ratio/low_mean": masked_mean(is_low & (advantages < 0), mask),
-        "clip_ratio/high_mean": masked_mean(is_high & (advantages > 0), mask),
+        "policy/approxkl_avg": 0.5 * masked_mean(log_ratio**2, mask),  # k2, as in TRL, but masked
+        "policy/clipfrac_avg": masked_mean(is_low | is_high, mask),
+        "clip_ratio/low_mean": masked_mean(is_low, mask),
+        "clip_ratio/high_mean": masked_mean(is_high, mask),
         "val/ratio": masked_mean(ratio, mask),
         "kl": masked_mean(k3, mask),
     }
@@ -977,7 +986,7 @@ def make_experience(tokens, mask, logprobs, ref_logprobs, scores, ended, args):
         "objective/non_score_reward": -args.kl_coef * kl.mean(),
         "objective/rlhf_reward": (scores - args.kl_coef * kl).mean(),
         "reward_std": groups.std(axis=1, ddof=1).mean(),
-        # Such a group teaches nothing. Its std may differ from 0 by rounding.
+        # From such a group only the KL is learned. (Its std may differ from 0 by rounding.)
         "frac_reward_zero_std": (groups.max(axis=1) == groups.min(axis=1)).mean(),
     }
 
@@ -1013,10 +1022,10 @@ def train_step(state, batch, key, config, optimizer, args):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
         tokens = minibatch["response_mask"].sum(axis=1)  # [B / num_minibatches]
         counts = tokens if args.aggregation == "token" else jnp.ones_like(tokens)
-        (_, metrics), grads = accumulate_gradients(
+        (loss, metrics), grads = accumulate_gradients(
             loss_fn, params, minibatch, counts, args.micro_batch_size, metric_counts=tokens
         )
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics |= {"loss/policy_avg": loss, "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), (metrics, tokens.sum())
 
@@ -1025,7 +1034,8 @@ def train_step(state, batch, key, config, optimizer, args):
     order = order.reshape(args.epochs * args.num_minibatches, -1)
     carry = (state.params, state.opt_state)
     (params, opt_state), (metrics, weights) = jax.lax.scan(update, carry, order)
-    metrics = {name: jnp.average(x, weights=weights) for name, x in metrics.items()}
+    weights = weights / jnp.maximum(weights.sum(), 1)  # all 0 where every completion is masked
+    metrics = {name: jnp.sum(weights * x) for name, x in metrics.items()}
     return TrainState(params, opt_state, state.ref_params), metrics
 
 
@@ -1067,6 +1077,8 @@ def main(args):
         return encode_prompts(rows, tokenizer, eos_id, args.max_prompt_length)
 
     rows, eval_rows = load_prompts(args.dataset), load_prompts(args.eval_dataset)[:256]
+    if not 0 < args.ref_mixup_alpha <= 1:
+        fail("--ref-mixup-alpha must be above 0 and at most 1")
     if args.num_generations < 2:
         fail("--num-generations must be at least 2: a group of one has nothing to compare with")
     if args.batch_size % args.num_generations:
@@ -1079,7 +1091,9 @@ def main(args):
         fail(f"{sizes} {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
     prompts_per_step = args.batch_size // args.num_generations
     if len(rows) < prompts_per_step:
-        fail(f"{len(rows)} rows do not fill one batch of {prompts_per_step}: lower --batch-size")
+        fail(
+            f"{len(rows)} rows are too few for the {prompts_per_step} of a step: lower --batch-size"
+        )
     batches = prompt_batches(len(rows), prompts_per_step, args.steps, args.seed)
     updates_per_step = args.epochs * args.num_minibatches
     optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
@@ -1139,15 +1153,15 @@ def main(args):
         state, update_metrics = train_step(state, batch, key, config, optimizer, args)
         metrics |= jax.device_get(batch_metrics | update_metrics)
         seconds = time.perf_counter() - started
-        if args.ref_sync_steps is not None and step % args.ref_sync_steps == 0:
-            moved = optax.incremental_update(state.params, state.ref_params, args.ref_mixup_alpha)
-            state = state._replace(ref_params=moved)
         metrics["lr"] = schedule((step - 1) * updates_per_step)  # of the first update
         metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
             run.log(step, metrics, "reward", "objective/kl", "gold/reward")
+        if args.ref_sync_steps is not None and step % args.ref_sync_steps == 0:
+            moved = optax.incremental_update(state.params, state.ref_params, args.ref_mixup_alpha)
+            state = state._replace(ref_params=moved)
         if run.due(step, args.save_every):
             run.save(step, state)
     run.finish()

@@ -42,15 +42,15 @@ class Args:
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
     seed: int = 0  # of the order of the data and the samples
-    rounds: int = 60  # of sampling, labelling and training
+    rounds: int = 120  # rounds of sampling, labelling and training
     prompts_per_round: int = 128  # each gives one pair
     num_generations: int = 2  # completions to one prompt; more than 2 only with best-worst
-    # the label is drawn from sigmoid(r1 - r2), or the best stands against the worst
+    # the label is drawn from sigmoid(r1 - r2) of the scores, or the best stands against the worst
     pair: Literal["sampled", "best-worst"] = "sampled"
-    # the policy that log-ratios are taken to: the start, or that of the round before
+    # the reference in the loss: the start, or the policy as the round began
     reference: Literal["start", "previous"] = "start"
-    reset_optimizer: bool = False  # its moments and the learning rate begin anew in each round
-    epochs: int = 1  # passes over a round's pairs
+    reset_optimizer: bool = False  # begin moments and learning rate (warm-up!) anew in each round
+    epochs: int = 1  # passes over the pairs
     batch_size: int = 64  # pairs in one optimizer step
     # pairs in one forward and backward pass; their gradients are accumulated
     micro_batch_size: int = 16
@@ -66,9 +66,10 @@ class Args:
     nll_coef: float = 0.0
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
-    max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
+    # tokens with EOS, of samples too; a row with a longer answer is dropped
+    max_completion_length: int = 48
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
-    temperature: float = 1.0  # of sampling
+    temperature: float = 1.0  # of sampling, and of the KL; the loss is at 1
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 50  # steps between evaluations on the held-out data
     save_every: int = 1  # rounds between checkpoints
@@ -594,6 +595,9 @@ class RunFolder:
         """Fails where the folder must not be used; ends the script where its run is finished."""
         self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
         resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
+        for name, value in self.args.items():  # sizes, counts and intervals
+            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
+                fail(f"--{name.replace('_', '-')} must be at least 1")
         signal.signal(signal.SIGINT, self.interrupt)
         if not (self.path / "args.json").exists():
             if self.path.exists() and any(self.path.iterdir()):
@@ -960,7 +964,8 @@ def pair_logprobs(params, batch, config):
 
 def pair_loss(logprobs, ref_logprobs, lengths, args):
     """(loss, metrics) of the chosen --loss, all [B, 2]; lengths in tokens."""
-    nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])  # of chosen, as in Pang et al. 2024, eq. 1
+    # Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1
+    nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])
     logps = {"logps/chosen": logprobs[:, 0].mean(), "logps/rejected": logprobs[:, 1].mean()}
     if args.loss == "ipo":  # so its rewards/… are those of a mean token
         logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
@@ -1017,17 +1022,12 @@ def dataset_logprobs(params, config, rows, batch_size, max_length):
     return logprobs
 
 
-def make_pairs(prompts, answers, scores, pair, rng):
-    """[[prompt, chosen, rejected], …]; answers and scores [N, K]. A tie makes no pair."""
-    rows = []
-    for prompt, group, score in zip(prompts, answers, scores):
-        chosen, rejected = score.argmax(), score.argmin()
-        if pair == "sampled":
-            second_wins = rng.random() < 1 / (1 + np.exp(score[0] - score[1]))
-            chosen, rejected = int(second_wins), 1 - int(second_wins)
-        if chosen != rejected:  # they are equal where all scores are
-            rows.append([prompt, group[chosen], group[rejected]])
-    return rows
+def make_pairs(scores, pair, rng):
+    """Columns [N, 2] of the chosen and the rejected answer among scores [N, K]."""
+    if pair == "best-worst":  # the same answer twice where all score the same: nothing is learned
+        return np.stack([scores.argmax(axis=1), scores.argmin(axis=1)], axis=1)
+    second_wins = rng.random(len(scores)) < 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
+    return np.stack([second_wins, ~second_wins], axis=1).astype(int)
 
 
 def main(args):
@@ -1044,6 +1044,10 @@ def main(args):
     check_sizes(config, tokenizer, max_length)
     if args.temperature <= 0:
         fail("--temperature must be above 0: at 0 nothing is sampled, and there is no KL")
+    if args.beta <= 0:
+        fail("--beta must be above 0")
+    if not 0 <= args.label_smoothing < 0.5:
+        fail("--label-smoothing must be at least 0 and below 0.5")
     if args.label_smoothing and args.loss != "sigmoid":
         fail(f"--label-smoothing is for --loss sigmoid, not for {args.loss}")
     functions = [load_function(name) for name in args.reward]
@@ -1054,7 +1058,6 @@ def main(args):
     if gold is None and Path(args.dataset).resolve().parent == embedded.resolve():
         gold = "data/reviews.py:sentiment" if Path("data/reviews.py").is_file() else None
     gold = gold and load_function(gold)
-
     if args.reward_model:
         reward_config, reward_params = load_model(args.reward_model)
         if "score" not in reward_params:
@@ -1074,6 +1077,9 @@ def main(args):
         fail("--num-generations must be 2, or more with --pair best-worst")
     if len(prompts) < args.prompts_per_round:
         fail(f"{len(prompts)} rows are too few for a round: lower --prompts-per-round")
+    if args.prompts_per_round % args.batch_size:
+        sizes = f"--batch-size {args.batch_size} does not divide --prompts-per-round"
+        fail(f"{sizes} {args.prompts_per_round}")
     check_batch_sizes(args.prompts_per_round, args.batch_size, args.micro_batch_size)
     steps_per_round = args.prompts_per_round // args.batch_size * args.epochs
     total_steps = args.rounds * steps_per_round
@@ -1082,7 +1088,7 @@ def main(args):
     state, start = run.start(make_state(ref_params, optimizer), total_steps)
 
     def rollout(prompts, num_samples, stream, step):
-        """((ids and scores, [N, num_samples]), metrics, samples) of the present policy."""
+        """((ids of the answers, scores), metrics, samples) of the present policy."""
         rows, ids = zip(*prompts)
         rows = [row for row in rows for _ in range(num_samples)]  # group by group
         prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
@@ -1115,27 +1121,25 @@ def main(args):
             golds = call_reward(gold, rows, completions)
             metrics["gold/reward"], columns["gold"] = golds.mean(), golds.tolist()
         samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        answers = zip(*(np.asarray(x)[:, prompt_length:] for x in (tokens, mask)))
-        answers = [row[kept > 0].tolist() for row, kept in answers]
-        groups = [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
-        return (groups, scores.reshape(-1, num_samples)), metrics, samples
+        responses = zip(*(np.asarray(x)[:, prompt_length:] for x in (tokens, mask)))
+        answers = [row[kept > 0].tolist() for row, kept in responses]
+        return (answers, scores), metrics, samples
 
     def labelled_batches(start):
         """Samples and labels the pairs of each round; (batch, the round's metrics) of each step."""
-        for round in range(start // steps_per_round, args.rounds):
-            rng = np.random.default_rng([args.seed, round])
-            asked = rng.choice(len(prompts), args.prompts_per_round, replace=False)
-            asked = [prompts[i] for i in asked]
-            sampled, metrics, _ = rollout(asked, args.num_generations, "rollout", round)
-            rows = make_pairs([ids for _, ids in asked], *sampled, args.pair, rng)
-            if not rows:
-                fail("no two completions to a prompt differ in score: nothing can be learned")
-            metrics["pairs/ties"] = 1 - len(rows) / len(asked)
-            rows = [rows[i % len(rows)] for i in range(len(asked))]  # others come twice for them
+        K, size = args.num_generations, args.micro_batch_size
+        for number in range(start // steps_per_round, args.rounds):
+            rng = np.random.default_rng([args.seed, number])
+            chosen = rng.choice(len(prompts), args.prompts_per_round, replace=False)
+            asked = [prompts[i] for i in chosen]
+            (answers, scores), metrics, _ = rollout(asked, K, "rollout", number)
+            pairs = make_pairs(scores.reshape(-1, K), args.pair, rng)
+            metrics["pairs/ties"] = np.mean(pairs[:, 0] == pairs[:, 1])
+            pairs += K * np.arange(len(pairs))[:, None]
+            rows = [[asked[i // K][1], answers[i], answers[j]] for i, j in pairs]
             ref_model = ref_params if args.reference == "start" else state.params
-            ref_logprobs = dataset_logprobs(ref_model, config, rows, args.batch_size, max_length)
-            lengths = [sum(map(len, row)) for row in rows]
-            seed = rng.integers(2**32)
+            ref_logprobs = dataset_logprobs(ref_model, config, rows, size, max_length)
+            lengths, seed = [sum(map(len, row)) for row in rows], rng.integers(2**32)
             for indices in length_batches(lengths, args.batch_size, args.epochs, seed):
                 batch = make_batch([rows[i] for i in indices], max_length)
                 batch["ref_logprobs"] = ref_logprobs[indices]
@@ -1147,7 +1151,7 @@ def main(args):
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
-        run.log(0, evaluate_and_sample(0), "eval/gold/reward")
+        run.log(0, evaluate_and_sample(0), "eval/loss", "eval/gold/reward")
     for step, (batch, round_metrics) in enumerate(labelled_batches(start), start + 1):
         if args.reset_optimizer and (step - 1) % steps_per_round == 0:
             state = make_state(state.params, optimizer)
@@ -1159,8 +1163,9 @@ def main(args):
         metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
-        if run.due(step, args.log_every, args.eval_every):
-            run.log(step, metrics, "loss", "objective/scores", "objective/kl", "gold/reward")
+        if run.due(step, args.log_every, args.eval_every, args.save_every * steps_per_round):
+            shown = ["loss", "objective/kl", "gold/reward", "eval/objective/kl", "eval/gold/reward"]
+            run.log(step, metrics, *shown)
         if run.due(step, args.save_every * steps_per_round):
             run.save(step, state)
     run.finish()

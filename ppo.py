@@ -58,7 +58,7 @@ class Args:
     kl_horizon: int = 10_000  # the gain of that steering is batch_size / kl_horizon
     # if given, a rollout's updates end once approxkl is above it (so the schedule ends early, too)
     stop_kl: float | None = None
-    clip_eps: float = 0.2  # of the ratio in the policy's loss
+    clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps … 1 + clip_eps
     value_clip_eps: float = 0.2  # of the value in the critic's loss
     vf_coef: float = 0.1  # weight of the critic's loss
     gamma: float = 1.0  # discount
@@ -561,6 +561,9 @@ class RunFolder:
         """Fails where the folder must not be used; ends the script where its run is finished."""
         self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
         resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
+        for name, value in self.args.items():  # sizes, counts and intervals
+            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
+                fail(f"--{name.replace('_', '-')} must be at least 1")
         signal.signal(signal.SIGINT, self.interrupt)
         if not (self.path / "args.json").exists():
             if self.path.exists() and any(self.path.iterdir()):

@@ -11,7 +11,8 @@ prompts and completions that are text; TRL's lists of chat messages are not read
 
 What one would change stands as a constant above its function: as keywords with defaults they could
 be overwritten by a column that happens to have such a name. Only the standard library is used; a
-function can be lifted out together with what stands between it and the function before it.
+reward function can be lifted out together with the imports and with what stands between it and the
+one before it.
 """
 
 import contextlib

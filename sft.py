@@ -524,6 +524,9 @@ class RunFolder:
         """Fails where the folder must not be used; ends the script where its run is finished."""
         self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
         resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
+        for name, value in self.args.items():  # sizes, counts and intervals
+            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
+                fail(f"--{name.replace('_', '-')} must be at least 1")
         signal.signal(signal.SIGINT, self.interrupt)
         if not (self.path / "args.json").exists():
             if self.path.exists() and any(self.path.iterdir()):

@@ -5,7 +5,8 @@
 The tiny shape of benchmarks/spine.py: 4 layers, 4 heads, width 128, 512 tokens, prompts of 16 and
 responses of 48 tokens, float32. A DPO step has 64 pairs. A GRPO rollout has 16 prompts with 4
 completions each, beside 64 prompts with one each (what sft.py and ppo.py sample); a GRPO update is
-the reference's forward pass, the advantages and one optimizer step, with k3 in the loss.
+the reference's forward pass, the advantages and one optimizer step, with k3 in the loss. Gradients
+are accumulated over micro-batches of the scripts' default sizes, 16 pairs and 32 completions.
 
 Model FLOPs are 2 per parameter and token forwards and 4 backwards (the look-up of embeddings
 apart), and 4 and 8 * layers * width * length per token for attention; the head counts only where
@@ -24,7 +25,7 @@ GROUP = 4
 
 
 def forward_flops(sequences, length, logits):
-    """Of one forward pass; `logits` of the positions have logits computed."""
+    """Of one forward pass; logits: at how many positions the head is computed."""
     blocks = sequences * length * (2 * 12 * LAYERS * WIDTH**2 + 4 * LAYERS * WIDTH * length)
     return blocks + sequences * logits * 2 * VOCABULARY * WIDTH
 

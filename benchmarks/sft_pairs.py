@@ -4,7 +4,8 @@
         --dataset runs/sft_pairs/preferences_train.jsonl --run-dir runs/dpo_sft_pairs
 
 The prompts are those of data/reviews/preferences_train.jsonl, in its order; the labels are drawn
-as data/reviews.py draws them: one thing alone differs, who wrote the answers.
+as data/reviews.py draws them: what differs is who wrote the answers (and a few rows are left out,
+where an answer is empty or does not end).
 """
 
 import json
@@ -34,7 +35,7 @@ def main():
             texts = dpo.decode_responses(tokenizer, tokens, mask, 16, config.eos_token_id)
             for row, answers in zip(rows[i : i + 125], zip(texts[::2], texts[1::2])):
                 if not all(answers):
-                    continue  # an empty text is no answer
+                    continue
                 first, second = reviews.sentiment([row["prompt"]] * 2, answers)
                 if rng.random() >= 1 / (1 + math.exp((second - first) / reviews.TAU)):
                     answers = answers[::-1]
