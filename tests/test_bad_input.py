@@ -1,4 +1,4 @@
-"""Bad input to sft.py, reward.py and ppo.py: one sentence, exit status 2; and --help."""
+"""Bad input to the training scripts: one sentence, exit status 2; and --help."""
 
 import dataclasses
 import itertools
@@ -10,17 +10,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
-from test_runs import ROOT, SCRIPTS, first_rows, make_inputs, metrics_of, small_args, write_jsonl
+from test_runs import (
+    DATA,
+    ROOT,
+    SCRIPTS,
+    first_rows,
+    make_inputs,
+    metrics_of,
+    small_args,
+    write_jsonl,
+)
 
+import dpo
+import grpo
+import iterative_dpo
 import ppo
 import reward
 import sft
 
-HELP = ["gpt2", "sft", "reward", "ppo", "evaluate"]
 names = [script.__name__ for script in SCRIPTS]
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=names)
+HELP = ["gpt2", *names, "evaluate"]
+
+
+def each_of(*scripts):
+    """The test is run with each of these as `script`."""
+    return pytest.mark.parametrize("script", scripts, ids=[x.__name__ for x in scripts])
+
+
+each_script = each_of(*SCRIPTS)
+SAMPLERS = (ppo, grpo, iterative_dpo)  # those that have their own samples scored
 REWARDS = """
 def short(completions, **_):
     return [1.0]
@@ -48,12 +69,16 @@ def one(completions, **_):
 
 def index(prompts, completions, number, **_):
     return [n / 10 for n in number]
+
+def by_prompt(prompts, completions, **_):
+    return [len(prompt) for prompt in prompts]
 """
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    yield make_inputs(tmp_path_factory.mktemp("inputs"))
+    jax.clear_caches()  # each compiled function holds memory maps, and a process has only 65 530
 
 
 @pytest.fixture
@@ -86,14 +111,12 @@ def refused(inputs, tmp_path, error_line):
 
 
 def fields_of(script):
-    return {sft: ["prompt", "completion"], reward: ["prompt", "chosen", "rejected"]}.get(
-        script, ["prompt"]
-    )
+    fields = {"sft": ["completion"], "preferences": ["chosen", "rejected"]}
+    return ["prompt", *fields.get(DATA.get(script), [])]
 
 
 def rows_of(script):
-    kind = {sft: "sft", reward: "preferences", ppo: "prompts"}[script]
-    return first_rows(f"{kind}_train", 12)
+    return first_rows(f"{DATA.get(script, 'prompts')}_train", 12)
 
 
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
@@ -131,14 +154,14 @@ def test_a_field_that_is_not_text(script, refused, tmp_path):
     assert f"{path}, line 3" in message and '"prompt"' in message
 
 
-@pytest.mark.parametrize("script", [sft, reward], ids=["sft", "reward"])
+@each_of(sft, reward, dpo)
 def test_an_empty_completion(script, refused, tmp_path):
-    name = fields_of(script)[-1]
-    rows = rows_of(script)
-    rows[3][name] = ""
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    message = refused(script, dataset=str(path))
-    assert f"{path}, line 4" in message and f'"{name}"' in message and "empty" in message
+    for name in fields_of(script)[1:]:
+        rows = rows_of(script)
+        rows[3][name] = ""
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        message = refused(script, dataset=str(path))
+        assert f"{path}, line 4" in message and f'"{name}"' in message and "empty" in message
 
 
 def test_a_margin_that_is_no_number(refused, tmp_path):
@@ -161,21 +184,24 @@ def test_an_empty_or_missing_file(script, flag, refused, tmp_path):
 def test_too_few_rows_for_a_batch(script, refused, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows_of(script)[:3])
     message = refused(script, dataset=str(path))
-    assert "3 rows" in message and "--batch-size" in message
+    flag = "--prompts-per-round" if script is iterative_dpo else "--batch-size"
+    assert "3 rows" in message and flag in message
 
 
-def test_prompts_that_are_too_long(refused, inputs, tmp_path, capsys):
-    """ppo.py drops and counts them, and stops where none is left."""
-    message = refused(ppo, max_prompt_length=2)
+@each_of(ppo, grpo)
+def test_prompts_that_are_too_long(script, refused, inputs, tmp_path, capsys):
+    """They are dropped and counted; the run stops where none is left."""
+    message = refused(script, max_prompt_length=2)
     assert "--max-prompt-length 2" in message
     rows = first_rows("prompts_train", 10)
     rows[3]["prompt"] = rows[7]["prompt"] = "word " * 40
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    ppo.main(small_args(ppo, inputs, tmp_path / "run", dataset=str(path)))
+    with pytest.raises(SystemExit):
+        script.main(small_args(script, inputs, tmp_path / "run", dataset=str(path), batch_size=32))
     assert "10 prompts: 2 dropped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [sft, reward], ids=["sft", "reward"])
+@each_of(sft, reward, dpo)
 def test_completions_that_are_too_long(script, refused, capsys, tmp_path):
     message = refused(script, max_completion_length=2)
     assert "--max-completion-length 2" in message
@@ -208,8 +234,8 @@ def test_a_missing_model_names_the_script_to_run(script, refused, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     message = refused(script, model="runs/sft/model")
     assert "no model at runs/sft/model" in message and "`python sft.py`" in message
-    if script is ppo:
-        message = refused(ppo, reward_model=None)
+    if script in SAMPLERS:
+        message = refused(script, reward_model=None)
         assert "no model at runs/reward/model" in message and "`python reward.py`" in message
 
 
@@ -246,29 +272,32 @@ def test_more_tokens_than_positions(script, refused):
     assert "--max-prompt-length" in message and "--max-completion-length" in message
 
 
-def test_a_critic_with_too_few_positions(refused, inputs, tmp_path):
+@each_of(*SAMPLERS)
+def test_a_reward_model_with_too_few_positions(script, refused, inputs, tmp_path):
     """The reward model reads whole sequences, too."""
     config, params = sft.load_model(inputs / "scorer")
     params = params | {"wpe": {"embedding": params["wpe"]["embedding"][:20]}}
     config = dataclasses.replace(config, n_positions=20)
     sft.save_model(tmp_path / "short", config, params, inputs / "scorer")
-    message = refused(ppo, reward_model=str(tmp_path / "short"))
+    message = refused(script, reward_model=str(tmp_path / "short"))
     assert "24 tokens" in message and "20 positions" in message
 
 
-def test_a_reward_model_without_a_score(refused, inputs):
-    message = refused(ppo, reward_model=str(inputs / "lm"))
+@each_of(*SAMPLERS)
+def test_a_reward_model_without_a_score(script, refused, inputs):
+    message = refused(script, reward_model=str(inputs / "lm"))
     assert "is not a reward model" in message and str(inputs / "lm") in message
 
 
-@pytest.mark.parametrize("script", [sft, ppo], ids=["sft", "ppo"])
+@each_of(sft, ppo, dpo, grpo, iterative_dpo)
 def test_a_reward_model_as_the_language_model(script, refused, inputs):
     """Its trunk has no language-model head, and what is saved would be a classifier again."""
     message = refused(script, model=str(inputs / "scorer"))
     assert str(inputs / "scorer") in message
 
 
-def test_a_reward_model_with_another_tokenizer(refused, inputs, tmp_path):
+@each_of(*SAMPLERS)
+def test_a_reward_model_with_another_tokenizer(script, refused, inputs, tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     file = json.loads((inputs / "lm" / "tokenizer.json").read_text("utf-8"))
@@ -277,7 +306,7 @@ def test_a_reward_model_with_another_tokenizer(refused, inputs, tmp_path):
     del file["model"]["vocab"][last]
     (folder / "tokenizer.json").write_text(json.dumps(file), "utf-8")
     copy_model(inputs / "scorer", tmp_path / "other", tokenizer=folder)
-    message = refused(ppo, reward_model=str(tmp_path / "other"))
+    message = refused(script, reward_model=str(tmp_path / "other"))
     assert "tokenizers" in message and "differ" in message
 
 
@@ -290,32 +319,101 @@ def test_batch_sizes_that_do_not_divide(script, refused):
     assert "--micro-batch-size 3" in message and "--batch-size" in message
 
 
-def test_minibatches_that_do_not_divide(refused):
-    assert "--num-minibatches 3" in refused(ppo, num_minibatches=3)
+@each_of(ppo, grpo)
+def test_minibatches_that_do_not_divide(script, refused):
+    assert "--num-minibatches 3" in refused(script, num_minibatches=3)
 
 
-def test_micro_batches_that_do_not_divide_a_minibatch(refused):
-    message = refused(ppo, num_minibatches=4)  # minibatches of 2, micro-batches of 4
+@each_of(ppo, grpo)
+def test_micro_batches_that_do_not_divide_a_minibatch(script, refused):
+    message = refused(script, num_minibatches=4)  # minibatches of 2, micro-batches of 4
     assert "--micro-batch-size 4" in message
 
 
-@pytest.mark.parametrize(
-    "function, words",
-    [
-        ("broken", ["broken", "ZeroDivisionError"]),
-        ("needs", ["needs", "NameError"]),
-        ("short", ["short", "12"]),
-        ("nan", ["nan", "finite"]),
-        ("words", ["words", "ValueError"]),
-        ("absent", ["my_rewards.py", "absent"]),
-    ],
-)
-def test_reward_functions_that_fail(function, words, refused, rewards):
+@each_of(*SAMPLERS, dpo)
+def test_a_temperature_of_0_samples_nothing(script, refused):
+    assert "--temperature must be above 0" in refused(script, temperature=0.0)
+
+
+@each_of(grpo, iterative_dpo)
+def test_a_group_of_one_has_nothing_to_compare_with(script, refused):
+    assert "--num-generations must be" in refused(script, num_generations=1)
+
+
+def test_groups_that_do_not_divide_a_batch(refused):
+    message = refused(grpo, num_generations=3)
+    assert "--num-generations 3" in message and "--batch-size 8" in message
+
+
+@each_script
+def test_sizes_and_intervals_of_0(script, refused):
+    flags = {field.name: field.default for field in dataclasses.fields(script.Args)}
+    flags = [name for name, default in flags.items() if type(default) is int]
+    flags = set(flags) - {"seed", "warmup_steps"} | (
+        {"ref_sync_steps"} if script is grpo else set()
+    )
+    assert {"batch_size", "micro_batch_size", "log_every", "eval_every", "save_every"} <= flags
+    for name in flags:
+        message = refused(script, **{name: 0})
+        assert f"--{name.replace('_', '-')} must be at least 1" in message
+
+
+def test_drawn_labels_are_of_two_completions(refused):
+    message = refused(iterative_dpo, num_generations=3, pair="sampled")
+    assert "--num-generations" in message and "--pair best-worst" in message
+
+
+def test_batches_that_do_not_divide_a_round(refused):
+    """Pairs that fill no batch would have been sampled and scored for nothing."""
+    message = refused(iterative_dpo, prompts_per_round=20)
+    assert "--prompts-per-round 20" in message and "--batch-size 8" in message
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge"])
+@each_of(dpo, iterative_dpo)
+def test_label_smoothing_is_of_one_loss(script, loss, refused):
+    message = refused(script, loss=loss, label_smoothing=0.1)
+    assert "--label-smoothing" in message and loss in message
+
+
+@each_of(dpo, iterative_dpo)
+def test_numbers_without_a_meaning(script, refused):
+    """A beta of 0 has no reference, and labels that are more often wrong than right are others."""
+    assert "--beta must be above 0" in refused(script, beta=0.0)
+    for value in (-0.1, 0.5):
+        assert "--label-smoothing must be" in refused(script, label_smoothing=value)
+
+
+FAILING = {
+    "broken": ["broken", "ZeroDivisionError"],
+    "needs": ["needs", "NameError"],
+    "short": ["short", "12"],
+    "nan": ["nan", "finite"],
+    "words": ["words", "ValueError"],
+    "absent": ["my_rewards.py", "absent"],
+}
+
+
+@pytest.mark.parametrize("function", FAILING)
+def test_reward_functions_that_fail(function, refused, rewards):
     message = refused(ppo, reward=(f"{rewards}:{function}",))
-    assert all(word in message for word in words)
+    assert all(word in message for word in FAILING[function])
     if function != "absent":
         message = refused(ppo, gold=f"{rewards}:{function}", overwrite=True)
-        assert all(word in message for word in words)
+        assert all(word in message for word in FAILING[function])
+
+
+@pytest.mark.parametrize("function", ["broken", "short", "nan"])
+@each_of(grpo, iterative_dpo)
+def test_reward_functions_that_fail_elsewhere(script, function, refused, rewards):
+    message = refused(script, reward=(f"{rewards}:{function}",), reward_model=None)
+    assert all(word in message for word in FAILING[function])
+
+
+@each_of(dpo, grpo, iterative_dpo)
+def test_a_gold_reward_that_fails(script, refused, rewards):
+    message = refused(script, gold=f"{rewards}:nan")
+    assert all(word in message for word in FAILING["nan"])
 
 
 def test_a_reward_function_that_refuses_columns(refused, rewards, tmp_path):
@@ -326,27 +424,32 @@ def test_a_reward_function_that_refuses_columns(refused, rewards, tmp_path):
     assert "strict" in message and "stars" in message
 
 
-def test_a_reward_file_that_fails(refused, tmp_path):
-    assert "absent.py" in refused(ppo, reward=(f"{tmp_path}/absent.py:f",))
-    assert "file.py:function" in refused(ppo, reward=("good",))
+@each_of(*SAMPLERS)
+def test_a_reward_file_that_fails(script, refused, tmp_path):
+    assert "absent.py" in refused(script, reward=(f"{tmp_path}/absent.py:f",))
+    assert "file.py:function" in refused(script, reward=("good",))
     (tmp_path / "syntax.py").write_text("def f(:\n")
-    assert "syntax.py" in refused(ppo, reward=(f"{tmp_path}/syntax.py:f",))
+    assert "syntax.py" in refused(script, reward=(f"{tmp_path}/syntax.py:f",))
 
 
-def test_reward_weights_and_rewards_differ_in_number(refused, rewards):
-    message = refused(ppo, reward=(f"{rewards}:one",), reward_weight=(1.0, 2.0))
+@each_of(*SAMPLERS)
+def test_reward_weights_and_rewards_differ_in_number(script, refused, rewards):
+    message = refused(script, reward=(f"{rewards}:one",), reward_weight=(1.0, 2.0))
     assert "--reward-weight" in message and "1 times" in message and "2 times" in message
 
 
-def test_rewards_are_weighted_and_none_counts_nothing(inputs, rewards, tmp_path):
+@each_of(*SAMPLERS)
+def test_rewards_are_weighted_and_none_counts_nothing(script, inputs, rewards, tmp_path):
     """Two functions and the learned reward add up; the data's columns reach the functions."""
-    rows = [row | {"number": i} for i, row in enumerate(first_rows("prompts_test", 12))]
-    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    paths = {}
+    for field, name, count in (("dataset", "train", 24), ("eval_dataset", "test", 12)):
+        rows = first_rows(f"prompts_{name}", count)
+        rows = [row | {"number": i} for i, row in enumerate(rows)]
+        paths[field] = str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
     functions = tuple(f"{rewards}:{name}" for name in ("index", "none", "one"))
-    paths = {"dataset": str(path), "eval_dataset": str(path)}
     changes = paths | {"reward_model": None, "missing_eos_penalty": 0.25}
     weights = {"reward": functions, "reward_weight": (3.0, 5.0, 7.0)}
-    ppo.main(small_args(ppo, inputs, tmp_path / "run", **changes, **weights))
+    script.main(small_args(script, inputs, tmp_path / "run", **changes, **weights))
     lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
     samples = [json.loads(line) for line in lines][:8]  # those of step 0
     bonus = [round(s["score"] - 0.3 * i - 7, 5) for i, s in enumerate(samples)]
@@ -359,7 +462,7 @@ def test_rewards_are_weighted_and_none_counts_nothing(inputs, rewards, tmp_path)
 @each_script
 def test_a_loss_that_is_not_finite_stops_the_run(script, refused, tmp_path, monkeypatch):
     train_step, calls = script.train_step, itertools.count(1)
-    name = "loss/policy_avg" if script is ppo else "loss"
+    name = "loss/policy_avg" if script in (ppo, grpo) else "loss"
 
     def poisoned(state, *rest):
         state, metrics = train_step(state, *rest)
@@ -388,12 +491,45 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(refused, tmp_path):
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
-def test_a_few_held_out_pairs_are_enough(inputs, tmp_path):
-    """reward.py groups held-out pairs by confidence, and has fewer of them than groups here."""
-    path = write_jsonl(tmp_path / "pairs.jsonl", first_rows("preferences_test", 3))
-    args = small_args(reward, inputs, tmp_path / "run", eval_dataset=str(path))
-    reward.main(args)
-    assert 0 <= metrics_of(tmp_path / "run")[0]["eval/calibration_error"] <= 1
+@each_of(ppo, dpo, grpo, iterative_dpo)
+def test_a_step_that_is_saved_is_logged_before(script, refused, tmp_path, monkeypatch):
+    """Whatever --log-every is, a checkpoint of a loss that is not finite is never written."""
+    train_step = script.train_step
+
+    def poisoned(state, *rest):
+        state, metrics = train_step(state, *rest)
+        return state, metrics | {"loss": jnp.float32("nan")}
+
+    monkeypatch.setattr(script, "train_step", poisoned)
+    message = refused(script, log_every=100, eval_every=100)
+    assert "loss is not finite at step 3" in message
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_pairs_of_two_equal_answers(inputs, tmp_path):
+    """They teach nothing, and do no harm: the loss is ln 2, and the run goes to its end."""
+    rows = [row | {"rejected": row["chosen"]} for row in first_rows("preferences_train", 24)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    dpo.main(small_args(dpo, inputs, tmp_path / "run", dataset=str(path)))
+    rows = metrics_of(tmp_path / "run")
+    assert rows[-1]["step"] == 6 and (tmp_path / "run" / "model").exists()
+    for row in rows[1:]:  # beside what the chosen answer alone teaches
+        assert row["loss"] - row["nll_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert abs(row["rewards/margins"]) < 1e-4
+
+
+@pytest.mark.parametrize("pair", ["best-worst", "sampled"])
+def test_completions_of_equal_scores(pair, inputs, rewards, tmp_path):
+    """With best-worst one stands against itself and teaches nothing; else a coin is tossed."""
+    changes = {"reward_model": None, "missing_eos_penalty": 0.0, "pair": pair}
+    changes |= {"reward": (f"{rewards}:by_prompt",)}
+    iterative_dpo.main(small_args(iterative_dpo, inputs, tmp_path / "run", **changes))
+    rows = metrics_of(tmp_path / "run")[1:]
+    assert [row["pairs/ties"] for row in rows] == [float(pair == "best-worst")] * 6
+    for row in rows:
+        is_ln_2 = row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert is_ln_2 or pair == "sampled"
+    assert (rows[-1]["grad_norm"] > 1e-3) == (pair == "sampled")
 
 
 # ------------------------------------------------------------------------------ command line

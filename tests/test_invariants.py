@@ -14,6 +14,9 @@ import optax
 import pytest
 from test_runs import REVIEWS, first_rows, make_inputs, metrics_of, small_args, write_jsonl
 
+import dpo
+import grpo
+import iterative_dpo
 import ppo
 import reward
 import sft
@@ -63,7 +66,8 @@ def keep_signals():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    yield make_inputs(tmp_path_factory.mktemp("inputs"))
+    jax.clear_caches()  # each compiled function holds memory maps, and a process has only 65 530
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +88,8 @@ def models():
     return config, *policies, critic
 
 
-def settings(**changes):
-    args = ppo.Args(**({"epochs": 2, "num_minibatches": 2, "micro_batch_size": 4} | changes))
-    return ppo.Settings(**{name: getattr(args, name) for name in ppo.Settings._fields})
+def ppo_args(**changes):
+    return ppo.Args(**({"epochs": 2, "num_minibatches": 2, "micro_batch_size": 4} | changes))
 
 
 def sample(config, params, temperature=1.0, rows=16, seed=0):
@@ -100,20 +103,83 @@ def sample(config, params, temperature=1.0, rows=16, seed=0):
     return *sampled, jnp.asarray(np.random.default_rng(seed).normal(size=rows), jnp.float32)
 
 
-def train_ppo(models, batch, setting, optimizer=SGD, key=0):
+def train_ppo(models, batch, args, optimizer=SGD, key=0):
     """(parameters, metrics) after ppo.train_step."""
     config, policy, _, critic = models
     state = ppo.make_state({"policy": policy, "critic": critic}, optimizer, 0.1)
     configs = (config, config)
-    state, metrics = ppo.train_step(state, batch, jax.random.key(key), configs, optimizer, setting)
+    state, metrics = ppo.train_step(state, batch, jax.random.key(key), configs, optimizer, args)
     return state.params, jax.device_get(metrics)
 
 
-def rollout_batch(models, sampled, setting):
-    """ppo.make_batch of a rollout, the parameters being the policy's."""
+def rollout_batch(models, sampled, args):
+    """ppo.make_experience of a rollout, the parameters being the policy's; its kl_coef is 0.1."""
     config, policy, reference, critic = models
     state = ppo.make_state({"policy": policy, "critic": critic}, SGD, 0.1)
-    return ppo.make_batch(state, reference, *sampled, (config, config), setting)
+    *sampled, scores = sampled
+    tokens, mask, _ = sampled
+    ref_logprobs, _ = ppo.policy_logprobs(reference, config, tokens, mask, P, args.temperature)
+    return ppo.make_experience(state, *sampled, ref_logprobs, scores, config, args)
+
+
+GRPO_CONFIG = grpo.GPT2Config(**dataclasses.asdict(CONFIG))
+GROUP = 4  # completions to a prompt
+
+
+def grpo_args(**changes):
+    sizes = {"num_generations": GROUP, "num_minibatches": 2, "micro_batch_size": 4}
+    return grpo.Args(**({"epochs": 2} | sizes | changes))
+
+
+GRPO_ARGS = grpo_args(kl_in="loss", ratio_level="sequence", kl_coef=0.5)
+
+
+def sample_groups(policy, reference, temperature=1.0):
+    """What grpo.make_experience takes, of four prompts; scores drawn from N(0, 1)."""
+    prompts = [row[0] for row in random_rows(4, P)]
+    prompts, mask = grpo.pad_rows(prompts, P, left=True)
+    key = grpo.stream_key(0, "rollout", 1)
+    sampling = (key, R, temperature, EOS, 0, GROUP)
+    tokens, mask, logprobs = grpo.generate(policy, GRPO_CONFIG, prompts, mask, *sampling)
+    ended = (np.asarray(tokens)[:, P:] == EOS).any(axis=1)
+    assert 1 < ended.sum() < 15
+    ref_logprobs, _ = grpo.policy_logprobs(reference, GRPO_CONFIG, tokens, mask, P, temperature)
+    scores = np.random.default_rng(0).normal(size=len(tokens)).astype(np.float32)
+    return tokens, mask, logprobs, ref_logprobs, scores, ended
+
+
+@pytest.fixture(scope="module")
+def groups(models):
+    return sample_groups(*models[1:3])
+
+
+def train_grpo(policy, batch, args, optimizer=SGD):
+    """(parameters, metrics) after grpo.train_step, which leaves the reference alone."""
+    state = grpo.make_state(policy, optimizer, ref_moves=True)
+    key = jax.random.key(0)
+    state, metrics = grpo.train_step(state, batch, key, GRPO_CONFIG, optimizer, args)
+    assert_equal(state.ref_params, policy)
+    return state.params, jax.device_get(metrics)
+
+
+DPO_ARGS = dpo.Args(micro_batch_size=4, nll_coef=0.5)
+
+
+def dpo_batch(script=dpo, rows=8):
+    """(config, parameters, rows of [prompt, chosen, rejected], their batch, reference and all)."""
+    config, params = make_params(script, script.GPT2, 0)
+    rows = random_rows(rows, 5, 12, 9)
+    batch = script.make_batch(rows, 20)
+    logprobs = np.asarray(script.pair_logprobs(params, batch, config))
+    noise = np.random.default_rng(0).normal(size=logprobs.shape).astype(np.float32)
+    return config, params, rows, batch | {"ref_logprobs": logprobs + noise}
+
+
+def train_pairs(script, config, params, batch, args, optimizer=SGD):
+    """(parameters, metrics) after train_step of dpo.py or iterative_dpo.py."""
+    state = script.make_state(params, optimizer)
+    state, metrics = script.train_step(state, batch, config, optimizer, args)
+    return state.params, jax.device_get(metrics)
 
 
 # ------------------------------------------------------------------------------ padding
@@ -180,7 +246,7 @@ def test_a_pair_is_scored_as_its_texts_alone():
 
 
 def test_padding_does_not_matter_to_ppo(models):
-    setting = settings()
+    args = ppo_args()
     tokens, mask, logprobs, scores = sample(models[0], models[1])
     response_mask = np.asarray(mask)[:, P:]
     assert (np.asarray(mask)[:, :P] == 0).any() and (response_mask == 0).any()
@@ -189,9 +255,9 @@ def test_padding_does_not_matter_to_ppo(models):
     def spoil(x):
         return jnp.where(response_mask > 0, x, noise)
 
-    batch, metrics = rollout_batch(models, (tokens, mask, logprobs, scores), setting)
+    batch, metrics = rollout_batch(models, (tokens, mask, logprobs, scores), args)
     other = (jnp.asarray(junk(tokens, mask)), mask, spoil(logprobs), scores)
-    other_batch, other_metrics = rollout_batch(models, other, setting)
+    other_batch, other_metrics = rollout_batch(models, other, args)
     assert_equal(metrics, other_metrics)
     for name in ("values", "advantages", "returns"):
         assert_equal(batch[name], other_batch[name])
@@ -199,7 +265,54 @@ def test_padding_does_not_matter_to_ppo(models):
     spoiled = other_batch | {
         name: spoil(batch[name]) for name in ("values", "advantages", "returns")
     }
-    assert_equal(train_ppo(models, batch, setting), train_ppo(models, spoiled, setting))
+    assert_equal(train_ppo(models, batch, args), train_ppo(models, spoiled, args))
+
+
+def test_padding_does_not_matter_to_grpo(models, groups):
+    """Neither what stands there, nor three more columns of it before the prompts."""
+    tokens, mask, logprobs, ref_logprobs, *rest = groups
+    response_mask = np.asarray(mask)[:, P:]
+    assert (np.asarray(mask)[:, :P] == 0).any() and (response_mask == 0).any()
+    noise = np.random.default_rng(3).normal(size=logprobs.shape).astype(np.float32)
+    spoiled = [jnp.where(response_mask > 0, x, noise) for x in (logprobs, ref_logprobs)]
+    spoiled_tokens = jnp.asarray(junk(tokens, mask))
+    for args in (grpo_args(kl_in="reward"), GRPO_ARGS):
+        batch, metrics = grpo.make_experience(*groups, args)
+        other, other_metrics = grpo.make_experience(spoiled_tokens, mask, *spoiled, *rest, args)
+        assert_equal((batch["advantages"], metrics), (other["advantages"], other_metrics))
+    results = [train_grpo(models[1], x, GRPO_ARGS) for x in (batch, other)]
+    assert_equal(results[0], results[1])
+    wider = other | {name: jnp.pad(other[name], ((0, 0), (3, 0))) for name in ("tokens", "mask")}
+    results.append(train_grpo(models[1], wider, GRPO_ARGS))
+    assert largest_difference(results[0], results[2]) < 1e-5
+    assert largest_difference(results[0][0], models[1]) > 1e-3
+
+
+def test_padding_does_not_matter_to_dpo():
+    """Neither what stands there nor how much of it there is."""
+    config, params, _, batch = dpo_batch()
+    assert (batch["mask"] == 0).any()
+    spoiled = batch | {"tokens": junk(batch["tokens"], batch["mask"])}
+    results = [train_pairs(dpo, config, params, x, DPO_ARGS) for x in (batch, spoiled)]
+    assert_equal(results[0], results[1])
+    wider = {name: np.pad(x, ((0, 0), (0, 0), (0, 7))) for name, x in spoiled.items() if x.ndim > 2}
+    found = [dpo.pair_logprobs(params, x, config) for x in (batch, wider)]
+    np.testing.assert_allclose(found[0], found[1], atol=2e-5)
+    assert largest_difference(results[0][0], params) > 1e-3
+
+
+def test_a_pair_has_the_logprobs_of_its_texts_alone():
+    """Of the answer's tokens, EOS among them, and not of the prompt's."""
+    config, params, rows, batch = dpo_batch()
+    pairs = np.asarray(dpo.pair_logprobs(params, batch, config))
+    apply = jax.jit(dpo.GPT2(config).apply)
+    for (prompt, *answers), found in zip(rows[:1], pairs):
+        for answer, logprob in zip(answers, found):
+            text = jnp.array([prompt + answer])
+            logits = np.asarray(apply({"params": params}, text, jnp.ones_like(text)), np.float64)
+            logits = logits[0, len(prompt) - 1 : -1]  # [length of the answer, V]
+            alone = logits[range(len(answer)), answer] - np.log(np.exp(logits).sum(axis=1))
+            assert logprob == pytest.approx(alone.sum(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------ micro-batches
@@ -231,12 +344,50 @@ def test_micro_batches_of_reward_equal_the_whole_batch():
 
 
 def test_micro_batches_of_ppo_equal_the_whole_batch(models):
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), settings())
-    results = [train_ppo(models, batch, settings(micro_batch_size=n)) for n in (8, 1)]
+    batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
+    results = [train_ppo(models, batch, ppo_args(micro_batch_size=n)) for n in (8, 1)]
     assert largest_difference(results[0][0], results[1][0]) < 1e-5
     assert largest_difference(results[0][1], results[1][1]) < 1e-4
     start = {"policy": models[1], "critic": models[3]}
     assert largest_difference(results[0][0], start) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "aggregation, ratio_level",
+    [("sequence", "sequence"), ("token", "token"), ("constant", "token")],
+)
+def test_micro_batches_of_grpo_equal_the_whole_batch(models, groups, aggregation, ratio_level):
+    """Whatever the loss is a mean over, also where some rows count nothing."""
+    changes = {"aggregation": aggregation, "ratio_level": ratio_level, "kl_in": "loss"}
+    changes |= {"mask_truncated_completions": True, "kl_coef": 0.5}
+    batch, _ = grpo.make_experience(*groups, grpo_args(**changes))
+    assert len(set(np.asarray(batch["response_mask"].sum(axis=1)).tolist())) > 3
+    results = [
+        train_grpo(models[1], batch, grpo_args(micro_batch_size=n, **changes)) for n in (8, 1)
+    ]
+    assert largest_difference(results[0][0], results[1][0]) < 1e-5
+    assert largest_difference(results[0][0], models[1]) > 1e-3
+    different = {k: (v, results[1][1][k]) for k, v in results[0][1].items()}
+    different = {k: v for k, v in different.items() if abs(v[0] - v[1]) > 1e-4}
+    assert not different
+
+
+@pytest.mark.parametrize(
+    "script, loss",
+    [(dpo, "sigmoid"), (dpo, "ipo"), (iterative_dpo, "hinge")],
+    ids=["sigmoid", "ipo", "iterative-hinge"],
+)
+def test_micro_batches_of_dpo_equal_the_whole_batch(script, loss):
+    config, params, _, batch = dpo_batch(script)
+    args = script.Args(loss=loss, nll_coef=0.7, label_smoothing=0.1 if loss == "sigmoid" else 0.0)
+    results = []
+    for micro_batch_size in (8, 1):
+        args = dataclasses.replace(args, micro_batch_size=micro_batch_size)
+        results.append(train_pairs(script, config, params, batch, args, optax.sgd(0.3)))
+    assert largest_difference(results[0][0], results[1][0]) < 1e-5
+    assert largest_difference(results[0][1], results[1][1]) < 1e-4
+    assert largest_difference(results[0][0], params) > 1e-2
+    assert 0 < results[0][1]["rewards/accuracies"] < 1
 
 
 # ------------------------------------------------------------------------------ ppo
@@ -244,11 +395,10 @@ def test_micro_batches_of_ppo_equal_the_whole_batch(models):
 
 def test_with_a_learning_rate_of_0_nothing_happens(models, temperature=0.7):
     """Ratio 1 and no KL at every update, so sampling and training see the same probabilities."""
-    setting = settings(temperature=temperature)
-    args = ppo.Args(learning_rate=0.0, weight_decay=0.1)
+    args = ppo_args(temperature=temperature, learning_rate=0.0, weight_decay=0.1)
     optimizer, _ = ppo.make_optimizer(args, 4)
-    batch, _ = rollout_batch(models, sample(models[0], models[1], temperature), setting)
-    params, metrics = train_ppo(models, batch, setting, optimizer)
+    batch, _ = rollout_batch(models, sample(models[0], models[1], temperature), args)
+    params, metrics = train_ppo(models, batch, args, optimizer)
     assert_equal(params, {"policy": models[1], "critic": models[3]})
     assert metrics["policy/updates"] == 4 and metrics["policy/clipfrac_avg"] == 0
     assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/approxkl_avg"] < 1e-10
@@ -258,13 +408,14 @@ def test_with_a_learning_rate_of_0_nothing_happens(models, temperature=0.7):
 def test_at_the_reference_there_is_no_kl(models):
     config, policy, _, critic = models
     sampled = sample(config, policy)
-    _, metrics = rollout_batch((config, policy, policy, critic), sampled, settings())
-    assert abs(metrics["objective/kl"]) < 1e-4
+    _, metrics = rollout_batch((config, policy, policy, critic), sampled, ppo_args())
+    assert abs(metrics["objective/non_score_reward"]) < 1e-5
     assert metrics["objective/rlhf_reward"] == pytest.approx(float(sampled[3].mean()), abs=1e-4)
-    _, metrics = rollout_batch(models, sampled, settings())
-    assert metrics["objective/kl"] > 0.1  # the references of the other tests do differ
-    reward_and_penalty = metrics["objective/scores"] + metrics["objective/non_score_reward"]
-    assert metrics["objective/rlhf_reward"] == pytest.approx(float(reward_and_penalty), abs=1e-5)
+    _, metrics = rollout_batch(models, sampled, ppo_args())
+    # The references of the other tests do differ.
+    assert metrics["objective/non_score_reward"] < -0.1 * 0.1
+    expected = sampled[3].mean() + metrics["objective/non_score_reward"]
+    assert metrics["objective/rlhf_reward"] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_logprobs_at_a_temperature_agree_between_sampling_and_training(models):
@@ -301,68 +452,74 @@ def test_a_value_is_of_what_was_seen_before_its_token(models, t):
 
 def test_stop_kl_ends_the_updates_of_a_rollout(models):
     """As if the optimizer had been taken away: the second update finds that the first one moved."""
-    setting = settings(epochs=2)
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), setting)
-    stopped, metrics = train_ppo(models, batch, setting._replace(stop_kl=1e-8))
+    args = ppo_args(epochs=2)
+    batch, _ = rollout_batch(models, sample(models[0], models[1]), args)
+    stopped, metrics = train_ppo(models, batch, ppo_args(stop_kl=1e-8))
     assert metrics["policy/updates"] == 2
     distances = []
     for updates in (1, 2, 3):
         some = optax.scale_by_schedule(lambda i, n=updates: jnp.where(i < n, 1.0, 0.0))
-        params, _ = train_ppo(models, batch, setting, optax.chain(SGD, some))
+        params, _ = train_ppo(models, batch, args, optax.chain(SGD, some))
         distances.append(largest_difference(params, stopped))
     assert distances[1] < 1e-7 and distances[0] > 1e-5 and distances[2] > 1e-5
 
 
 def test_a_large_stop_kl_stops_nothing(models):
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), settings())
-    params, metrics = train_ppo(models, batch, settings(stop_kl=1e9))
+    batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
+    params, metrics = train_ppo(models, batch, ppo_args(stop_kl=1e9))
     assert metrics["policy/updates"] == 4
-    assert_equal((params, metrics), train_ppo(models, batch, settings()))
+    assert_equal((params, metrics), train_ppo(models, batch, ppo_args()))
 
 
 def test_metrics_are_means_over_the_updates_that_were_made(models):
     """After one update the policy was never off: the ratio is 1, whatever the others would give."""
-    setting = settings(stop_kl=-1.0)
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), setting)
-    _, metrics = train_ppo(models, batch, setting)
+    args = ppo_args(stop_kl=-1.0)
+    batch, _ = rollout_batch(models, sample(models[0], models[1]), args)
+    _, metrics = train_ppo(models, batch, args)
     assert metrics["policy/updates"] == 1
     assert metrics["policy/approxkl_avg"] < 1e-10 and abs(metrics["val/ratio"] - 1) < 1e-5
-    _, metrics = train_ppo(models, batch, settings())
+    _, metrics = train_ppo(models, batch, ppo_args())
     assert metrics["policy/approxkl_avg"] > 1e-7
 
 
 def test_every_row_is_seen_once_in_an_epoch(models):
     """Linear in the rows: with the whole batch as one minibatch, the key does not matter."""
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), settings())
-    one = settings(epochs=1, num_minibatches=1)
+    batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
+    one = ppo_args(epochs=1, num_minibatches=1)
     first, second = (train_ppo(models, batch, one, key=key)[0] for key in (0, 1))
     assert largest_difference(first, second) < 1e-6
-    first, second = (train_ppo(models, batch, settings(), key=key)[0] for key in (0, 1))
+    first, second = (train_ppo(models, batch, ppo_args(), key=key)[0] for key in (0, 1))
     assert largest_difference(first, second) > 1e-5
 
 
-@pytest.mark.parametrize("script", [sft, reward, ppo], ids=["sft", "reward", "ppo"])
-def test_a_step_leaves_the_parameters_it_started_from(script, models):
+@pytest.mark.parametrize("script", [sft, reward, ppo, dpo, grpo], ids=lambda x: x.__name__)
+def test_a_step_leaves_the_parameters_it_started_from(script, models, groups):
     """train_step gives its state's buffers away; the reference and the start must keep theirs."""
-    optimizer = SGD
     if script is ppo:
-        start, setting = {"policy": models[1], "critic": models[3]}, settings()
-        before = jax.tree.map(np.array, (start, models[2]))
-        batch, _ = rollout_batch(models, sample(models[0], models[1]), setting)
-        train_ppo(models, batch, setting, optimizer)
-        assert_equal((start, models[2]), before)
-        return
-    model = {sft: sft.GPT2}.get(script, script.RewardModel if script is reward else None)
-    config, start = make_params(script, model, 0)
-    before = jax.tree.map(np.array, start)
-    if script is sft:
-        batch, rest = sft.make_batch(random_rows(8, 5, 12), 20), (4,)
+        start = {"policy": models[1], "critic": models[3]}
+    elif script is grpo:
+        start = models[1]
     else:
-        batch, rest = reward.make_batch(random_rows(8, 5, 12, 9), 20, [0.0] * 8), (4, 0.0)
-    state = script.make_state(start, optimizer)
-    state, _ = script.train_step(state, batch, config, optimizer, *rest)
-    assert_equal(start, before)
-    assert largest_difference(state.params, start) > 1e-5
+        config, start = make_params(script, getattr(script, "RewardModel", script.GPT2), 0)
+    before = jax.tree.map(np.array, (start, models[2]))
+    if script is ppo:
+        batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
+        after, _ = train_ppo(models, batch, ppo_args())
+    elif script is grpo:
+        batch, _ = grpo.make_experience(*groups, GRPO_ARGS)
+        after, _ = train_grpo(start, batch, GRPO_ARGS)
+    elif script is dpo:
+        after, _ = train_pairs(dpo, config, start, dpo_batch()[3], DPO_ARGS)
+    else:
+        if script is sft:
+            batch, rest = sft.make_batch(random_rows(8, 5, 12), 20), (4,)
+        else:
+            batch, rest = reward.make_batch(random_rows(8, 5, 12, 9), 20, [0.0] * 8), (4, 0.0)
+        after = script.train_step(script.make_state(start, SGD), batch, config, SGD, *rest)[
+            0
+        ].params
+    assert_equal((start, models[2]), before)
+    assert largest_difference(after, start) > 1e-5
 
 
 def test_next_kl_coef():
@@ -400,16 +557,21 @@ def test_a_completion_that_does_not_end_pays_for_it(inputs, talkative, tmp_path)
     assert {json.loads(line)["score"] for line in lines} == {2.0, 1.25}
 
 
-def test_no_two_rollouts_share_a_key(inputs, tmp_path, monkeypatch):
-    keys, generate = [], ppo.generate
+@pytest.mark.parametrize(
+    "script, count",  # of rollouts; there are four evaluations, at steps 0, 2, 4 and 6
+    [(ppo, 6), (grpo, 6), (iterative_dpo, 2)],
+    ids=["ppo", "grpo", "iterative_dpo"],
+)
+def test_no_two_rollouts_share_a_key(script, count, inputs, tmp_path, monkeypatch):
+    keys, generate = [], script.generate
 
     def watched(params, config, tokens, mask, key, *rest):
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return generate(params, config, tokens, mask, key, *rest)
 
-    monkeypatch.setattr(ppo, "generate", watched)
-    ppo.main(small_args(ppo, inputs, tmp_path / "run"))
-    assert len(keys) == len(set(keys)) == 6 + 4  # six steps, evaluations at 0, 2, 4 and 6
+    monkeypatch.setattr(script, "generate", watched)
+    script.main(small_args(script, inputs, tmp_path / "run"))
+    assert len(keys) == len(set(keys)) == count + 4
 
 
 def test_stream_keys_differ_by_seed_name_and_step():
@@ -437,6 +599,291 @@ def test_consecutive_steps_sample_different_texts(models):
     assert len({tuple(row) for row in np.asarray(first).tolist()}) > 1
 
 
+# ------------------------------------------------------------------------------ grpo
+
+
+def test_with_a_learning_rate_of_0_grpo_does_nothing(models):
+    """At a temperature: sampling, reference and update see the same probabilities.
+
+    At the reference there is no KL, neither k1 in the reward nor k3 in the loss; else there is.
+    """
+    args = grpo_args(temperature=0.7, kl_in="loss", learning_rate=0.0, weight_decay=0.1)
+    optimizer, _ = grpo.make_optimizer(args, 4)
+    sampled = sample_groups(*models[1:3], temperature=0.7)
+    tokens, mask, logprobs, other_logprobs, scores, ended = sampled
+    again, _ = grpo.policy_logprobs(models[1], GRPO_CONFIG, tokens, mask, P, 0.7)
+    found = []
+    for ref_logprobs in (again, other_logprobs):
+        sampled = (tokens, mask, logprobs, ref_logprobs, scores, ended)
+        batch, reward_metrics = grpo.make_experience(*sampled, args)
+        params, metrics = train_grpo(models[1], batch, args, optimizer)
+        assert_equal(params, models[1])
+        for name in ("policy/clipfrac_avg", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+            assert metrics[name] == 0
+        assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/approxkl_avg"] < 1e-10
+        assert metrics["grad_norm"] > 0 and 0 < metrics["policy/entropy_avg"] < np.log(24)
+        found.append((float(reward_metrics["objective/non_score_reward"]), float(metrics["kl"])))
+        expected = scores.mean() + found[-1][0]
+        assert reward_metrics["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
+    assert abs(found[0][0]) < 1e-5 and abs(found[0][1]) < 1e-9
+    assert found[1][0] < -0.1 and found[1][1] > 0.01
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+@pytest.mark.parametrize("advantage", ["group", "group-std", "leave-one-out"])
+def test_advantages_by_hand(groups, advantage, kl_in):
+    """The KL of a whole completion is taken off its score before the group is looked at."""
+    args = grpo_args(advantage=advantage, kl_in=kl_in, kl_coef=0.7)
+    batch, metrics = grpo.make_experience(*groups, args)
+    _, mask, logprobs, ref_logprobs, scores, _ = (np.asarray(x, np.float64) for x in groups)
+    kl = ((logprobs - ref_logprobs) * mask[:, P:]).sum(axis=1)
+    assert kl.std() > 0.5
+    expected, spreads = [], []
+    for first in range(0, len(scores), GROUP):
+        rows = range(first, first + GROUP)
+        rewards = [scores[i] - (0.7 * kl[i] if kl_in == "reward" else 0) for i in rows]
+        for i, own in enumerate(rewards):
+            others = rewards[:i] + rewards[i + 1 :]
+            baseline = np.mean(others if advantage == "leave-one-out" else rewards)
+            scale = np.std(rewards, ddof=1) + 1e-4 if advantage == "group-std" else 1
+            expected.append((own - baseline) / scale)
+        spreads.append(np.std([scores[i] for i in rows], ddof=1))
+    np.testing.assert_allclose(batch["advantages"], expected, atol=2e-5)
+    assert metrics["reward_std"] == pytest.approx(np.mean(spreads), rel=1e-5)
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.7 * kl.mean(), rel=1e-4)
+    assert metrics["frac_reward_zero_std"] == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_completions_are_masked_where_asked(groups, masked):
+    """They count in their group's mean all the same."""
+    _, mask, *_, ended = groups
+    args = grpo_args(mask_truncated_completions=masked)
+    batch, _ = grpo.make_experience(*groups, args)
+    expected = np.asarray(mask)[:, P:] * (ended[:, None] if masked else 1)
+    assert_equal(batch["response_mask"], expected.astype(np.float32))
+    assert_equal(batch["mask"], mask)  # they are still attended to
+    plain, _ = grpo.make_experience(*groups, grpo_args())
+    assert_equal(batch["advantages"], plain["advantages"])
+
+
+def test_a_rollout_of_truncated_completions_teaches_nothing(models, groups):
+    """With --mask-truncated-completions: as an untrained model's first rollouts are."""
+    args = dataclasses.replace(GRPO_ARGS, mask_truncated_completions=True)
+    none = np.zeros(len(groups[0]), bool)
+    batch, metrics = grpo.make_experience(*groups[:5], none, args)
+    params, update_metrics = train_grpo(models[1], batch, args)
+    assert_equal(params, models[1])
+    assert all(np.isfinite(float(x)) for x in (metrics | update_metrics).values())
+
+
+@pytest.mark.parametrize("size", [3, 7, 8])
+def test_groups_without_a_spread_are_counted(size):
+    """Also where the mean of equal numbers is not quite that number."""
+    values = np.array([0.1, 1 / 3, -0.7, 1.9], np.float32)
+    zeros = jnp.zeros((len(values) * size, 3))
+    tokens = jnp.zeros((len(zeros), 5), jnp.int32)
+    shares = []
+    for changed in (0, 1, 2):
+        scores = values.repeat(size)
+        scores[: changed * size : size] += 0.5
+        rest = (scores, np.ones(len(scores), bool), grpo_args(num_generations=size))
+        shares.append(grpo.make_experience(tokens, tokens, zeros, zeros, *rest)[1])
+    found = [float(metrics["frac_reward_zero_std"]) for metrics in shares]
+    assert found == [1.0, 0.75, 0.5]
+
+
+def test_a_group_is_of_one_prompt(inputs, tmp_path, monkeypatch):
+    """A reward that depends on the prompt alone gives no advantage, and so no gradient.
+
+    And what stands in a row are the prompt, the completion and the score that belong together.
+    """
+    path = tmp_path / "f.py"
+    path.write_text(
+        "def f(prompts, completions, **_):\n    return [len(prompt) for prompt in prompts]\n"
+        "def g(prompts, completions, **_):\n    return [len(text) for text in completions]\n"
+    )
+    seen, make_experience = [], grpo.make_experience
+    tokenizer = grpo.load_tokenizer(inputs / "lm")
+
+    def watched(*sampled):
+        seen.append(sampled)
+        return make_experience(*sampled)
+
+    monkeypatch.setattr(grpo, "make_experience", watched)
+    changes = {"reward_model": None, "missing_eos_penalty": 0.0, "kl_coef": 0.0}
+    for name in "fg":
+        args = small_args(grpo, inputs, tmp_path / name, reward=(f"{path}:{name}",), **changes)
+        grpo.main(args)
+    for row in metrics_of(tmp_path / "f")[1:]:
+        assert row["frac_reward_zero_std"] == 1 and row["reward_std"] == row["grad_norm"] == 0
+    for row in metrics_of(tmp_path / "g")[1:]:
+        assert row["frac_reward_zero_std"] < 1 and row["grad_norm"] > 0
+    for name, (tokens, mask, *_, scores, _, _) in zip(6 * "f" + 6 * "g", seen):
+        tokens, mask = np.asarray(tokens), np.asarray(mask)
+        width = tokens.shape[1] - 8
+        prompts = [
+            tokenizer.decode(x[:width][m[:width] > 0].tolist()) for x, m in zip(tokens, mask)
+        ]
+        completions = grpo.decode_responses(tokenizer, tokens, mask, width, tokenizer.eot_token)
+        assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 4
+        assert [len(x) for x in (prompts if name == "f" else completions)] == scores.tolist()
+
+
+@pytest.mark.parametrize("share", [0.25, None])
+def test_where_the_reference_stands(share, inputs, tmp_path, monkeypatch):
+    """It moves at every second step towards the policy there; without --ref-sync-steps never."""
+    saved, used = [], []
+    save, policy_logprobs = grpo.RunFolder.save, grpo.policy_logprobs
+
+    def watched_save(run, step, state):
+        saved.append(jax.tree.map(np.array, (state.params, state.ref_params)))
+        save(run, step, state)
+
+    def watched_logprobs(params, *rest):
+        if not isinstance(jax.tree.leaves(params)[0], jax.core.Tracer):  # in a rollout
+            used.append(jax.tree.map(np.array, params))
+        return policy_logprobs(params, *rest)
+
+    monkeypatch.setattr(grpo.RunFolder, "save", watched_save)
+    monkeypatch.setattr(grpo, "policy_logprobs", watched_logprobs)
+    changes = {"save_every": 1, "eval_every": 100}
+    changes |= {} if share is None else {"ref_sync_steps": 2, "ref_mixup_alpha": share}
+    grpo.main(small_args(grpo, inputs, tmp_path / "run", **changes))
+    start = grpo.load_model(inputs / "lm")[1]
+    references = [start, start]  # of the held-out prompts at step 0, and of step 1
+    for step, (params, reference) in enumerate(saved, 1):
+        expected = references[-1]
+        if share is None:
+            assert reference is None
+        else:
+            if step % 2 == 0:
+                assert largest_difference(params, expected) > 2e-4
+                expected = jax.tree.map(
+                    lambda new, old: share * new + (1 - share) * old, params, expected
+                )
+            assert largest_difference(reference, expected) < 1e-6
+        references.append(expected)  # of the next step
+    references[-1] = references[-2]  # step 6 is evaluated before the reference moves
+    assert len(used) == len(references) == 8
+    for found, reference in zip(used, references):
+        assert largest_difference(found, reference) < 1e-6
+
+
+# ------------------------------------------------------------------------------ iterative_dpo
+
+
+@pytest.mark.parametrize("scores", [(0.3, 1.0), (1.0, -1.0), (0.5, 0.5), (60.0, 0.0)])
+def test_drawn_labels_have_the_probability_of_their_scores(scores):
+    """The first wins with sigmoid(r1 - r2), within four standard errors."""
+    count, rng = 40_000, np.random.default_rng(0)
+    pairs = iterative_dpo.make_pairs(np.array([scores] * count), "sampled", rng)
+    assert pairs.shape == (count, 2) and (pairs.sum(axis=1) == 1).all() and pairs.min() == 0
+    share = (pairs[:, 0] == 0).mean()
+    expected = 1 / (1 + np.exp(scores[1] - scores[0]))
+    assert abs(share - expected) <= 4 * np.sqrt(expected * (1 - expected) / count)
+
+
+def test_the_best_stands_against_the_worst():
+    """Of each group, whatever their order; where all are equal one stands against itself."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(50, 5))
+    scores[[3, 17]] = 0.25
+    scores[8] = [1, 0, 1, 0, 1]  # equal scores among others are no tie
+    pairs = iterative_dpo.make_pairs(scores, "best-worst", rng)
+    chosen, rejected = np.take_along_axis(scores, pairs, axis=1).T
+    assert (chosen == scores.max(axis=1)).all() and (rejected == scores.min(axis=1)).all()
+    assert np.flatnonzero(pairs[:, 0] == pairs[:, 1]).tolist() == [3, 17]
+
+
+def test_a_pair_is_of_one_prompt(inputs, talkative, tmp_path, monkeypatch):
+    """From sampling to training: prompt, completions, scores and pairs belong together.
+
+    And the reference of both rounds is the start.
+    """
+    path = tmp_path / "f.py"
+    path.write_text(
+        "def f(prompts, completions, **_):\n"
+        "    return [len(p) + sum(map(ord, c)) / 1e4 for p, c in zip(prompts, completions)]\n"
+    )
+    sampled, labelled, learned, references = [], [], [], []
+    generate, make_pairs = iterative_dpo.generate, iterative_dpo.make_pairs
+    dataset_logprobs = iterative_dpo.dataset_logprobs
+
+    def watched_generate(*rest):
+        tokens, mask, logprobs = generate(*rest)
+        if len(tokens) == 48:  # of a round, not of the held-out prompts
+            sampled.append((np.asarray(tokens), np.asarray(mask)))
+        return tokens, mask, logprobs
+
+    def watched_pairs(scores, *rest):
+        labelled.append(scores)
+        return make_pairs(scores, *rest)
+
+    def watched_logprobs(params, config, rows, *rest):
+        learned.append(rows)
+        references.append(jax.tree.map(np.array, params))
+        return dataset_logprobs(params, config, rows, *rest)
+
+    monkeypatch.setattr(iterative_dpo, "generate", watched_generate)
+    monkeypatch.setattr(iterative_dpo, "make_pairs", watched_pairs)
+    monkeypatch.setattr(iterative_dpo, "dataset_logprobs", watched_logprobs)
+    changes = {"reward": (f"{path}:f",), "reward_model": None, "missing_eos_penalty": 0.0}
+    changes |= {"model": str(talkative), "pair": "best-worst"}
+    iterative_dpo.main(small_args(iterative_dpo, inputs, tmp_path / "run", **changes))
+    tokenizer = iterative_dpo.load_tokenizer(talkative)
+    eos_id, score_of = tokenizer.eot_token, iterative_dpo.load_function(f"{path}:f")
+    assert len(sampled) == len(labelled) == len(learned) == 2
+    assert_equal(references, [iterative_dpo.load_model(talkative)[1]] * 2)
+    for (tokens, mask), scores, rows in zip(sampled, labelled, learned):
+        prompts = [x[m > 0].tolist() for x, m in zip(tokens[:, :-8], mask[:, :-8])]
+        answers = [x[m > 0].tolist() for x, m in zip(tokens[:, -8:], mask[:, -8:])]
+        assert prompts[::2] == prompts[1::2] and len({tuple(ids) for ids in prompts}) == 24
+        assert 5 < sum(ids[-1] == eos_id for ids in answers) < 43
+        texts = [tokenizer.decode([x for x in ids if x != eos_id]) for ids in answers]
+        found = np.reshape(score_of(list(map(tokenizer.decode, prompts)), texts), (24, 2))
+        np.testing.assert_allclose(scores, found, rtol=1e-6)
+        assert (found[:, 0] < found[:, 1]).any() and (found[:, 0] > found[:, 1]).any()
+        expected = [
+            [
+                prompts[2 * i],
+                answers[2 * i + scores[i].argmax()],
+                answers[2 * i + scores[i].argmin()],
+            ]
+            for i in range(24)
+        ]
+        assert rows == expected
+
+
+def test_the_previous_policy_as_reference(inputs, tmp_path, monkeypatch):
+    """The one that sampled the round's pairs: the start in the first, then the last round's."""
+    saved, used, sampled_by = [], [], []
+    save, generate = iterative_dpo.RunFolder.save, iterative_dpo.generate
+    dataset_logprobs = iterative_dpo.dataset_logprobs
+
+    def watched_save(run, step, state):
+        saved.append(jax.tree.map(np.array, state.params))
+        save(run, step, state)
+
+    def watched_generate(params, *rest):
+        sampled_by.append(jax.tree.map(np.array, params))
+        return generate(params, *rest)
+
+    def watched_logprobs(params, *rest):
+        used.append(jax.tree.map(np.array, params))
+        return dataset_logprobs(params, *rest)
+
+    monkeypatch.setattr(iterative_dpo.RunFolder, "save", watched_save)
+    monkeypatch.setattr(iterative_dpo, "generate", watched_generate)
+    monkeypatch.setattr(iterative_dpo, "dataset_logprobs", watched_logprobs)
+    changes = {"eval_every": 100, "reference": "previous"}
+    iterative_dpo.main(small_args(iterative_dpo, inputs, tmp_path / "run", **changes))
+    start = iterative_dpo.load_model(inputs / "lm")[1]
+    assert len(saved) == 2 and largest_difference(saved[0], start) > 2e-4
+    assert_equal(sampled_by, [start, start, *saved])  # held out, two rounds, held out
+    assert_equal(used, [start, saved[0]])
+
+
 # ------------------------------------------------------------------------------ data
 
 
@@ -456,6 +903,15 @@ def test_encode_rows(tokenizer, capsys):
             assert tokenizer.decode(ids[:-1]) == row[name]
     assert encoded[0][0] == tokenizer.encode_ordinary(rows[0]["prompt"])[-3:]
     assert encoded[1][0] == [eos_id]
+
+
+def test_encode_rows_of_prompts_alone(tokenizer, capsys):
+    """As iterative_dpo.py reads them: nothing is dropped, a long prompt loses its beginning."""
+    rows = [{"prompt": "", "x": 1}, {"prompt": "The film was good, and", "x": 2}]
+    ids = tokenizer.encode_ordinary(rows[1]["prompt"])
+    rest = ([], tokenizer, tokenizer.eot_token, 3, 1)
+    assert iterative_dpo.encode_rows(rows, *rest) == (rows, [[[tokenizer.eot_token]], [ids[-3:]]])
+    assert "2 rows: 0 dropped as too long, 1 prompts shortened" in capsys.readouterr().out
 
 
 def test_a_completion_that_just_fits_is_kept(tokenizer):
@@ -579,6 +1035,28 @@ def test_held_out_scores_stand_in_the_order_of_the_rows(batch_size):
     margins = np.diff(expected)[:, 0]
     assert metrics["eval/rewards/accuracies"] == pytest.approx((margins < 0).mean())
     assert metrics["eval/loss"] == pytest.approx(np.log1p(np.exp(margins)).mean(), rel=1e-4)
+
+
+def test_logprobs_of_pairs_stand_in_the_order_of_the_rows():
+    config, params, rows, batch = dpo_batch()
+    expected = np.asarray(dpo.pair_logprobs(params, batch, config))
+    found = dpo.dataset_logprobs(params, config, rows, 3, 20)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert len({round(float(x), 3) for x in found.ravel()}) == 16
+
+
+def test_pairs_of_ids_to_arrays():
+    """Chosen and rejected of a row stand side by side, each after the prompt."""
+    batch = dpo.make_batch([[[8, 9], [10, EOS], [11]], [[12], [13], [14, 15, EOS]]], 8)
+    assert batch["tokens"].tolist() == [
+        [[8, 9, 10, EOS], [8, 9, 11, 0]],
+        [[12, 13, 0, 0], [12, 14, 15, EOS]],
+    ]
+    assert batch["mask"].tolist() == [[[1] * 4, [1, 1, 1, 0]], [[1, 1, 0, 0], [1] * 4]]
+    assert batch["response_mask"].tolist() == [
+        [[0, 0, 1, 1], [0, 0, 1, 0]],
+        [[0, 1, 0, 0], [0, 1, 1, 1]],
+    ]
 
 
 def test_calibration_error():

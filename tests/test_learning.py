@@ -1,4 +1,4 @@
-"""End to end, at a small size on the embedded data: sft.py, then reward.py and ppo.py from it.
+"""End to end, at a small size on the embedded data: sft.py, then all the others from its model.
 
 The bounds leave room between what was measured and what a broken step would give.
 """
@@ -7,9 +7,13 @@ import itertools
 import json
 import signal
 
+import jax
 import pytest
 from conftest import ROOT
 
+import dpo
+import grpo
+import iterative_dpo
 import ppo
 import reward
 import sft
@@ -36,6 +40,10 @@ def folder(tmp_path_factory):
     handler = signal.getsignal(signal.SIGINT)
     yield folder
     signal.signal(signal.SIGINT, handler)
+    jax.clear_caches()
+
+
+SENTIMENT = f"{ROOT}/data/reviews.py:sentiment"
 
 
 def data(folder, name):
@@ -99,9 +107,9 @@ def test_ppo_raises_what_it_maximises(folder, language_model):
     """J = E[reward] - kl_coef * KL rises, and gold with it, at a KL that stays small."""
     args = ppo.Args(
         model=str(language_model / "model"),
-        reward=(f"{ROOT}/data/reviews.py:sentiment",),
+        reward=(SENTIMENT,),
         reward_weight=(4.0,),
-        gold=f"{ROOT}/data/reviews.py:sentiment",
+        gold=SENTIMENT,
         run_dir=str(folder / "ppo"),
         steps=12,
         batch_size=64,
@@ -126,3 +134,86 @@ def test_ppo_raises_what_it_maximises(folder, language_model):
     assert objective(after) > objective(before) + 0.3
     assert abs(before["eval/objective/kl"]) < 1e-3 and after["eval/objective/kl"] < 15
     assert after["eval/gold/reward"] > before["eval/gold/reward"] + 0.08
+
+
+def test_dpo_learns_from_pairs(folder, language_model):
+    """Held-out pairs are told apart, and what is written gets better, at a KL that stays small."""
+    for split, count in (("train", 1500), ("test", 300)):
+        lines = (folder / f"preferences_{split}.jsonl").read_text("utf-8").splitlines(True)
+        (folder / f"pairs_{split}.jsonl").write_text("".join(lines[:count]), "utf-8")
+    args = dpo.Args(
+        model=str(language_model / "model"),
+        gold=SENTIMENT,
+        run_dir=str(folder / "dpo"),
+        batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=4,
+        beta=0.1,
+        eval_every=1000,
+        max_completion_length=40,
+        **data(folder, "pairs"),
+    )
+    dpo.main(args)
+    rows = metrics_of(folder / "dpo")
+    before, after = rows[0], rows[-1]
+    print({k: (v, after[k]) for k, v in before.items() if k.startswith("eval/")})
+    assert before["eval/rewards/margins"] == 0 and abs(before["eval/objective/kl"]) < 1e-3
+    assert after["eval/rewards/accuracies"] > 0.57 and after["eval/rewards/margins"] > 0.03
+    assert after["eval/objective/kl"] < 6
+    assert after["eval/gold/reward"] > before["eval/gold/reward"] + 0.06  # measured: 0.13
+
+
+def assert_objective_rose(run, score, weight, gain):
+    """J = E[reward] - weight * KL on held-out prompts, and gold with it, at a small KL."""
+    rows = metrics_of(run)
+    before, after = rows[0], rows[-1]
+    print({k: (v, after[k]) for k, v in before.items() if k.startswith("eval/")})
+    rise = after[f"eval/{score}"] - before[f"eval/{score}"]
+    assert abs(before["eval/objective/kl"]) < 1e-3 and after["eval/objective/kl"] < 15
+    print("objective", rise - weight * after["eval/objective/kl"])
+    assert rise - weight * after["eval/objective/kl"] > gain
+    assert after["eval/gold/reward"] > before["eval/gold/reward"] + 0.08
+
+
+def test_grpo_raises_what_it_maximises(folder, language_model):
+    args = grpo.Args(
+        model=str(language_model / "model"),
+        reward=(SENTIMENT,),
+        reward_weight=(4.0,),
+        gold=SENTIMENT,
+        run_dir=str(folder / "grpo"),
+        steps=12,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=4,
+        kl_coef=0.1,
+        eval_every=12,
+        max_completion_length=40,
+        **data(folder, "prompts"),
+    )
+    grpo.main(args)
+    assert_objective_rose(folder / "grpo", "reward", args.kl_coef, 0.3)
+
+
+def test_iterative_dpo_raises_what_it_maximises(folder, language_model):
+    args = iterative_dpo.Args(
+        model=str(language_model / "model"),
+        reward=(SENTIMENT,),
+        reward_weight=(4.0,),
+        gold=SENTIMENT,
+        run_dir=str(folder / "iterative_dpo"),
+        rounds=12,
+        prompts_per_round=64,
+        num_generations=4,
+        pair="best-worst",
+        batch_size=64,
+        micro_batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=4,
+        beta=0.1,
+        eval_every=12,
+        max_completion_length=40,
+        **data(folder, "prompts"),
+    )
+    iterative_dpo.main(args)
+    assert_objective_rose(folder / "iterative_dpo", "objective/scores", args.beta, 0.2)

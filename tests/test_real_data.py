@@ -1,4 +1,4 @@
-"""HH-RLHF and GPT-2's vocabulary through convert, sft, reward, ppo, and on to transformers."""
+"""HH-RLHF, GSM8K and GPT-2's vocabulary through the converters and scripts, on to transformers."""
 
 import gzip
 import json
@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+import dpo
+import grpo
 import ppo
 import reward
 import sft
@@ -22,7 +24,7 @@ RUN = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 10, "warmup_steps":
 
 @pytest.fixture(scope="module")
 def chain(shared_data, tmp_path_factory):
-    """A folder with the converted data and the runs sft, reward and ppo."""
+    """A folder with the converted data and the runs sft, reward, ppo, dpo and grpo."""
     folder = tmp_path_factory.mktemp("hh")
     source = shared_data / "hh-rlhf" / "harmless-base-test.jsonl.gz"
     with gzip.open(source, "rt", encoding="utf-8") as file:
@@ -48,16 +50,49 @@ def chain(shared_data, tmp_path_factory):
     args = {"steps": 2, "reward_model": str(folder / "reward" / "model")}
     out = str(folder / "ppo")
     ppo.main(ppo.Args(model=model, run_dir=out, **args, **RUN, **paths("prompts")))
-    return folder
+    out = str(folder / "dpo")
+    dpo.main(dpo.Args(model=model, run_dir=out, **RUN, **paths("preferences")))
+    mathematics(shared_data / "gsm8k", folder)
+    args = {"steps": 2, "num_generations": 4, "reward": (f"{ROOT}/rewards.py:numeric_answer",)}
+    out = str(folder / "grpo")
+    grpo.main(grpo.Args(model=model, run_dir=out, **args, **RUN, **paths("math/prompts")))
+    yield folder
+    jax.clear_caches()
+
+
+def mathematics(source, folder):
+    """The first short questions of GSM8K, converted."""
+    (folder / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        lines = (source / f"{split}.jsonl").read_text("utf-8").splitlines(True)
+        rows = [line for line in lines if len(json.loads(line)["question"]) < 200][:24]
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(rows), "utf-8")
+    command = [sys.executable, ROOT / "data" / "gsm8k.py", folder / "gsm8k", folder / "math"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.real_data
 def test_every_stage_ends_with_finite_numbers(chain):
-    for name in ("sft", "reward", "ppo"):
+    for name in ("sft", "reward", "ppo", "dpo", "grpo"):
         lines = (chain / name / "metrics.jsonl").read_text().splitlines()
         assert len(lines) > 1
         for line in lines:
             assert all(np.isfinite(value) for value in json.loads(line).values())
+
+
+@pytest.mark.real_data
+def test_worked_answers_of_gsm8k_are_right_and_others_wrong(chain):
+    """The data's `answer` reaches the reward function, row by row."""
+    function = grpo.load_function(f"{ROOT}/rewards.py:numeric_answer")
+    rows = grpo.read_jsonl(chain / "math" / "prompts_test.jsonl", {"prompt", "answer"})
+    worked = sft.read_jsonl(chain / "math" / "sft_test.jsonl", {"prompt", "completion"})
+    completions = [row["completion"] for row in worked]
+    assert grpo.call_reward(function, rows, completions).tolist() == [1.0] * len(rows)
+    others = grpo.call_reward(function, rows, completions[1:] + completions[:1])
+    assert others.mean() < 0.5
+    samples = [json.loads(x) for x in (chain / "grpo" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["prompt"] for sample in samples} <= {row["prompt"] for row in rows}
+    assert {sample["score"] for sample in samples} <= {-1.0, 0.0, 1.0}
 
 
 @pytest.mark.real_data
@@ -66,7 +101,7 @@ def test_the_folders_load_in_transformers(chain):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     texts = ["\n\nHuman: Hello\n\nAssistant: Hi", " <|endoftext|> naïve ünïcode \n\n x", "a"]
-    for name in ("sft", "ppo", "reward"):
+    for name in ("sft", "ppo", "reward", "dpo", "grpo"):
         folder = chain / name / "model"
         config, params = sft.load_model(folder)
         tokenizer = sft.load_tokenizer(folder)

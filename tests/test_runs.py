@@ -1,8 +1,9 @@
-"""Runs of sft.py, reward.py and ppo.py: what they leave, and that stopping them changes nothing."""
+"""Runs of the training scripts: what they leave, and that stopping them changes nothing."""
 
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -16,14 +17,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
+import dpo
+import grpo
+import iterative_dpo
 import ppo
 import reward
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "data" / "reviews"
-SCRIPTS = [sft, reward, ppo]
+SCRIPTS = [sft, reward, ppo, dpo, grpo, iterative_dpo]
+DATA = {sft: "sft", reward: "preferences", dpo: "preferences"}  # of the others: prompts
 names = [script.__name__ for script in SCRIPTS]
 
 
@@ -72,8 +78,11 @@ def make_inputs(folder):
 
 
 def small_args(script, inputs, run_dir, **changes):
-    """Args of a run that takes a second or two: 8, 6 or 6 steps, checkpoints at 3 and 6."""
-    kind = {sft: "sft", reward: "preferences", ppo: "prompts"}[script]
+    """Args of a run that takes a second or two: 6 steps (sft: 8), checkpoints at 3 and 6.
+
+    In iterative_dpo.py these are two rounds of three steps.
+    """
+    kind = DATA.get(script, "prompts")
     common = {
         "dataset": str(inputs / f"{kind}_train.jsonl"),
         "eval_dataset": str(inputs / f"{kind}_test.jsonl"),
@@ -99,6 +108,23 @@ def small_args(script, inputs, run_dir, **changes):
             "model": str(inputs / "lm"),
             "reward_model": str(inputs / "scorer"),
             "steps": 6,
+            "max_completion_length": 8,
+        },
+        dpo: {"model": str(inputs / "lm")},
+        grpo: {
+            "model": str(inputs / "lm"),
+            "reward_model": str(inputs / "scorer"),
+            "steps": 6,
+            "num_generations": 2,
+            "max_completion_length": 8,
+        },
+        iterative_dpo: {
+            "model": str(inputs / "lm"),
+            "reward_model": str(inputs / "scorer"),
+            "rounds": 2,
+            "prompts_per_round": 24,
+            "epochs": 1,
+            "save_every": 1,
             "max_completion_length": 8,
         },
     }[script]
@@ -133,7 +159,8 @@ def command(script, args):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    yield make_inputs(tmp_path_factory.mktemp("inputs"))
+    jax.clear_caches()  # each compiled function holds memory maps, and a process has only 65 530
 
 
 @pytest.fixture(autouse=True)
@@ -195,14 +222,29 @@ def test_a_checkpoint_holds_the_state_and_the_model_is_its_parameters(script, ru
         kernel = file.get_tensor(prefix + "['h.0']['mlp']['c_fc']['kernel']")
         assert any(key.startswith(".opt_state") for key in file.keys())  # noqa: SIM118
         assert (".kl_coef" in file.keys()) == (script is ppo)  # noqa: SIM118
+        assert not any(key.startswith(".ref_params") for key in file.keys())  # noqa: SIM118
     assert (kernel == params["h.0"]["mlp"]["c_fc"]["kernel"]).all()
+
+
+@pytest.mark.parametrize("script", [dpo, iterative_dpo], ids=["dpo", "iterative_dpo"])
+def test_training_on_pairs_begins_at_ln_2(script, runs):
+    """At the reference no answer is preferred: margins of 0, and a loss of ln 2 beside the NLL."""
+    weight = script.Args().nll_coef
+    start, first, *_, last = metrics_of(runs[script])
+    assert first["loss"] - weight * first["nll_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(first["rewards/margins"]) < 1e-4 < abs(last["rewards/margins"])
+    assert abs(start["eval/objective/kl"]) < 1e-5
+    if script is dpo:
+        assert start["eval/rewards/margins"] == start["eval/rewards/accuracies"] == 0
+        expected = math.log(2) + weight * start["eval/nll_loss"]
+        assert start["eval/loss"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=names)
 def test_one_seed_gives_one_run(script, runs, inputs, tmp_path):
     script.main(small_args(script, inputs, tmp_path / "same"))
     assert_same_run(tmp_path / "same", runs[script])
-    script.main(small_args(script, inputs, tmp_path / "other", seed=1))
+    script.main(small_args(script, inputs, tmp_path / "other", seed=2))
     for row, other in zip(metrics_of(tmp_path / "other"), metrics_of(runs[script])):
         assert row["step"] == other["step"] and (row["step"] == 0 or row != other)
 
@@ -317,6 +359,72 @@ def test_a_steered_kl_coef_is_resumed(inputs, tmp_path):
         expected = row["objective/kl_coef"] * (1 + error * 8 / 100)
         assert following["objective/kl_coef"] == pytest.approx(expected, rel=1e-5)
     assert rows[0]["objective/kl_coef"] == pytest.approx(args.kl_coef)
+
+
+def run_and_resume(script, inputs, folder, **changes):
+    """(a run never stopped, one that crashed in step 5 and was resumed, its checkpoint then)."""
+    script.main(small_args(script, inputs, folder / "whole", **changes))
+    args = small_args(script, inputs, folder / "run", **changes)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_after_a_checkpoint(script, patch)
+        script.main(args)
+    saved = load_file(folder / "run" / "checkpoint.safetensors")
+    script.main(dataclasses.replace(args, resume=True))
+    return folder / "whole", folder / "run", saved
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_reference_that_moves_is_resumed(share, runs, inputs, tmp_path):
+    """grpo.py's reference moves at steps 2, 4 and 6; the run crashes in step 5 and resumes at 3."""
+    changes = {"ref_sync_steps": 2, "ref_mixup_alpha": share}
+    whole, run, saved = run_and_resume(grpo, inputs, tmp_path, **changes)
+    assert_same_run(run, whole)
+    leaf = "['h.0']['mlp']['c_fc']['kernel']"
+    start = grpo.load_model(inputs / "lm")[1]["h.0"]["mlp"]["c_fc"]["kernel"]
+    params, reference = saved[".params" + leaf], saved[".ref_params" + leaf]
+    assert (reference != start).any() and (reference != params).any()
+    rows, static = metrics_of(run), metrics_of(runs[grpo])
+    assert rows[1] == static[1] and rows[3] != static[3]  # step 3 is the first with another one
+    at_the_end = load_file(run / "checkpoint.safetensors")
+    same = at_the_end[".params" + leaf] == at_the_end[".ref_params" + leaf]
+    assert same.all() == (share == 1)
+
+
+@pytest.mark.parametrize("change", [{"reset_optimizer": True}, {"reference": "previous"}])
+def test_rounds_are_resumed(change, runs, inputs, tmp_path):
+    """What iterative_dpo.py does anew in each round, it does in a round that a resume redoes."""
+    whole, run, saved = run_and_resume(iterative_dpo, inputs, tmp_path, **change)
+    assert_same_run(run, whole)
+    rows, plain = metrics_of(run), metrics_of(runs[iterative_dpo])
+    (count,) = {int(x) for name, x in saved.items() if name.endswith(".count")}
+    assert count == 3
+    if "reference" in change:
+        assert rows[:4] == plain[:4] and rows[4] != plain[4]  # the first round has the start's
+        assert abs(rows[4]["rewards/margins"]) < 1e-4 < abs(plain[4]["rewards/margins"])
+    else:
+        rates = [row["lr"] for row in rows[1:]]
+        assert rates[:3] == rates[3:] and rates[0] < rates[1]
+        at_the_end = load_file(run / "checkpoint.safetensors")
+        assert {int(x) for name, x in at_the_end.items() if name.endswith(".count")} == {3}
+
+
+def test_ctrl_c_while_a_round_is_sampled(runs, inputs, tmp_path, capsys):
+    """The first round of iterative_dpo.py is kept, the second is done again."""
+    args = small_args(iterative_dpo, inputs, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        rollout, calls = iterative_dpo.generate, itertools.count(1)
+
+        def interrupted(*rest):
+            if next(calls) == 4:  # after those of step 0, of the first round and of step 2
+                signal.raise_signal(signal.SIGINT)
+            return rollout(*rest)
+
+        patch.setattr(iterative_dpo, "generate", interrupted)
+        iterative_dpo.main(args)
+    assert stop.value.code == 130 and "step 3," in capsys.readouterr().out
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 3
+    iterative_dpo.main(dataclasses.replace(args, resume=True))
+    assert_same_run(tmp_path / "run", runs[iterative_dpo])
 
 
 def wait_for(path, process, seconds=60):
@@ -448,6 +556,14 @@ INPUTS = [
     (ppo, "reward_model"),
     (ppo, "reward"),
     (ppo, "gold"),
+    (dpo, "model"),
+    (dpo, "dataset"),
+    (dpo, "gold"),
+    (grpo, "reward_model"),
+    (grpo, "reward"),
+    (iterative_dpo, "model"),
+    (iterative_dpo, "reward"),
+    (iterative_dpo, "eval_dataset"),
 ]
 
 
@@ -460,11 +576,12 @@ def test_overwrite_never_removes_an_input(script, name, inputs, tmp_path, error_
     assert "--overwrite" in message and len(list(run.iterdir())) == 2
 
 
-def test_overwrite_never_removes_a_default_input(inputs, tmp_path, monkeypatch, error_line):
-    """Without --reward-model ppo.py reads runs/reward/model, so runs/reward must stay."""
+@pytest.mark.parametrize("script", [ppo, grpo, iterative_dpo], ids=["ppo", "grpo", "iterative_dpo"])
+def test_overwrite_never_removes_a_default_input(script, inputs, tmp_path, monkeypatch, error_line):
+    """Without --reward-model these read runs/reward/model, so runs/reward must stay."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(inputs / "scorer", "runs/reward/model")
     Path("runs/reward/args.json").write_text("{}")
-    args = small_args(ppo, inputs, "runs/reward", overwrite=True, reward_model=None)
-    message = error_line(ppo.main, args)
+    args = small_args(script, inputs, "runs/reward", overwrite=True, reward_model=None)
+    message = error_line(script.main, args)
     assert "--overwrite" in message and Path("runs/reward/model/config.json").exists()
