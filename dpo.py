@@ -1060,7 +1060,7 @@ def main(args):
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
-        run.log(0, evaluate_and_sample(0), "eval/loss", "eval/gold/reward")
+        run.log(0, evaluate_and_sample(0), "eval/loss", "eval/objective/scores")
     for step, indices in enumerate(batches[start:], start + 1):
         batch = make_batch([rows[i] for i in indices], max_length)
         batch["ref_logprobs"] = ref_logprobs[indices]

@@ -1151,7 +1151,7 @@ def main(args):
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
-        run.log(0, evaluate_and_sample(0), "eval/loss", "eval/gold/reward")
+        run.log(0, evaluate_and_sample(0), "eval/loss", "eval/objective/scores")
     for step, (batch, round_metrics) in enumerate(labelled_batches(start), start + 1):
         if args.reset_optimizer and (step - 1) % steps_per_round == 0:
             state = make_state(state.params, optimizer)

@@ -24,6 +24,15 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """A compiled function holds memory maps, and a Linux process may have 65 530 of them."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def goldens():
     """goldens("sft") -> the arrays of tests/goldens/sft.npz, by name."""

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 from test_runs import (
@@ -77,8 +76,7 @@ def by_prompt(prompts, completions, **_):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    yield make_inputs(tmp_path_factory.mktemp("inputs"))
-    jax.clear_caches()  # each compiled function holds memory maps, and a process has only 65 530
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

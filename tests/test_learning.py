@@ -7,7 +7,6 @@ import itertools
 import json
 import signal
 
-import jax
 import pytest
 from conftest import ROOT
 
@@ -40,7 +39,6 @@ def folder(tmp_path_factory):
     handler = signal.getsignal(signal.SIGINT)
     yield folder
     signal.signal(signal.SIGINT, handler)
-    jax.clear_caches()
 
 
 SENTIMENT = f"{ROOT}/data/reviews.py:sentiment"

@@ -159,8 +159,7 @@ def command(script, args):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    yield make_inputs(tmp_path_factory.mktemp("inputs"))
-    jax.clear_caches()  # each compiled function holds memory maps, and a process has only 65 530
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(autouse=True)
