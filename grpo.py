@@ -1122,6 +1122,8 @@ def main(args):
             scores = scores + np.asarray(learned)
         for function, weight in zip(functions, weights):
             scores = scores + weight * call_reward(function, rows, completions)
+        columns = {"prompt": [row["prompt"] for row in rows], "completion": completions}
+        columns["score"] = scores.tolist()
         response_mask = mask[:, prompt_length:]
         kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
         metrics = {
@@ -1131,8 +1133,6 @@ def main(args):
             "completions/mean_length": response_mask.sum(axis=1).mean(),
             "completions/clipped_ratio": 1 - ended.mean(),
         }
-        columns = {"prompt": [row["prompt"] for row in rows], "completion": completions}
-        columns["score"] = scores.tolist()
         if gold:
             golds = call_reward(gold, rows, completions)
             metrics["gold/reward"], columns["gold"] = golds.mean(), golds.tolist()
