@@ -503,6 +503,8 @@ def perplexity(params, config, ids, batch_size, eos_id):
 def main(args):
     if not args.prompt and not args.text:
         fail('nothing to do: pass --prompt "…" or --text FILE')
+    if args.dtype == "bfloat16" and jax.default_backend().upper() == "METAL":
+        fail("Metal has no bfloat16: pass --dtype float16")
     config, params = load_model(args.model)
     config = dataclasses.replace(config, dtype=args.dtype)
     tokenizer = load_tokenizer(args.model)

@@ -819,17 +819,17 @@ def pair_scores(params, tokens, mask, config):
     return sequence_scores(scores, flat_mask).reshape(-1, 2).T
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), donate_argnums=0)
-def train_step(state, batch, config, optimizer, micro_batch_size, center_coef):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
+def train_step(state, batch, config, optimizer, args):
     """One optimizer step on batch: {"tokens", "mask": [B, 2, T], "margin": [B]}."""
 
     def loss_fn(params, batch):
         chosen, rejected = pair_scores(params, batch["tokens"], batch["mask"], config)
-        return preference_loss(chosen, rejected, batch["margin"], center_coef)
+        return preference_loss(chosen, rejected, batch["margin"], args.center_coef)
 
     counts = jnp.ones_like(batch["margin"])
     (_, metrics), grads = accumulate_gradients(
-        loss_fn, state.params, batch, counts, micro_batch_size
+        loss_fn, state.params, batch, counts, args.micro_batch_size
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= {"grad_norm": optax.tree.norm(grads)}
@@ -963,9 +963,7 @@ def main(args):
         indices = batches[step - 1]
         batch = make_batch([rows[i] for i in indices], max_length, margins[indices])
         started = time.perf_counter()
-        state, metrics = train_step(
-            state, batch, config, optimizer, args.micro_batch_size, args.center_coef
-        )
+        state, metrics = train_step(state, batch, config, optimizer, args)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - started
         metrics["lr"] = schedule(step - 1)

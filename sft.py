@@ -796,16 +796,17 @@ def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metri
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
-def train_step(state, batch, config, optimizer, micro_batch_size):
+def train_step(state, batch, config, optimizer, args):
     """One optimizer step on batch: {"tokens", "mask", "loss_mask"}, [B, T] each."""
 
     def loss_fn(params, batch):
         logits = GPT2(config).apply({"params": params}, batch["tokens"], batch["mask"])
-        return cross_entropy_loss(logits[:, :-1], batch["tokens"][:, 1:], batch["loss_mask"][:, 1:])
+        targets, loss_mask = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
+        return cross_entropy_loss(logits[:, :-1], targets, loss_mask)
 
     counts = batch["loss_mask"][:, 1:].sum(axis=1)
     (_, metrics), grads = accumulate_gradients(
-        loss_fn, state.params, batch, counts, micro_batch_size
+        loss_fn, state.params, batch, counts, args.micro_batch_size
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= {"grad_norm": optax.tree.norm(grads)}
@@ -908,7 +909,7 @@ def main(args):
         batch = [rows[i] for i in batches[step - 1]]
         batch = make_batch(batch, max_length, args.train_on_prompt)
         started = time.perf_counter()
-        state, metrics = train_step(state, batch, config, optimizer, args.micro_batch_size)
+        state, metrics = train_step(state, batch, config, optimizer, args)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - started
         metrics["lr"] = schedule(step - 1)

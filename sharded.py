@@ -1,14 +1,18 @@
-"""GRPO on many devices: grpo.py on a mesh of data, fully sharded and tensor parallelism.
+"""GRPO on many devices: grpo.py on a mesh, by data, fully sharded and tensor parallelism.
 
-The devices of all processes form a grid, a Mesh, with three named axes. A PartitionSpec says which
-axis of the mesh splits which axis of an array: RULES has those of the weights. jit compiles one
-program from them, written as if for one device, and XLA adds the communication. Rows of a batch
-are split over `data` and `fsdp`, and their gradients summed. `data` repeats the weights; `fsdp`
-splits each weight, its gradient and its moments, and gathers it where it is used, so that memory
-falls as 1 / fsdp. `tensor` splits the work on a row: a device has some of the heads, the hidden
-units and the vocabulary, and adds its part once after attention and once after the MLP. It talks
-the most: keep it within a machine. Of many processes each reads, decodes and rewards its own rows,
-all write their shards of a checkpoint, and process 0 writes the rest. The algorithm is grpo.py's.
+The devices of all processes form a Mesh, a grid whose three axes have names. A PartitionSpec says
+which of them splits which axis of an array: P("fsdp", "tensor") cuts a matrix into bands of rows
+along `fsdp`, and each band along `tensor`. Told how arguments and results are split, jit compiles
+the code below, written as if for one device, into one program for all, and XLA adds the messages.
+
+    data    splits the rows of a batch; every device has all weights; gradients are summed
+    fsdp    splits the rows, too, and at rest the weights, their moments and gradients: this memory
+            falls as 1 / fsdp; a weight is gathered where it is used
+    tensor  splits heads, hidden units and vocabulary; partial results are summed after attention
+            and after the MLP: it talks most, so keep it within a machine
+
+Of many processes each rewards its own rows and writes its shards of a checkpoint; process 0 writes
+the rest. The algorithm is grpo.py's, as this says:
 
 Shao et al. 2024, "DeepSeekMath", section 4. Each step samples num_generations completions to each
 prompt. The advantage of a completion is its reward less its group's mean, the same at every token:
@@ -1263,10 +1267,11 @@ def main(args):
     for count, what in (
         (prompts_per_step, "prompts of a step (--batch-size / --num-generations)"),
         (args.micro_batch_size, "sequences of --micro-batch-size"),
-        (len(eval_rows) // parts * parts, "prompts of --eval-dataset"),
     ):
-        if count < parts or count % parts:
+        if count % parts:
             fail(f"--data times --fsdp is {parts} and cannot split the {count} {what}")
+    if len(eval_rows) < parts:
+        fail(f"--data times --fsdp is {parts}: too many for {len(eval_rows)} held-out prompts")
     if heads % mesh.shape["tensor"]:
         fail(f"--tensor {mesh.shape['tensor']} cannot split the model's {heads} heads")
     eval_rows = eval_rows[: len(eval_rows) // parts * parts]

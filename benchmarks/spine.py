@@ -91,7 +91,7 @@ def main():
 
     def step():
         nonlocal state
-        state, metrics = sft.train_step(state, batch, config, optimizer, args.micro_batch_size)
+        state, metrics = sft.train_step(state, batch, config, optimizer, args)
         return metrics
 
     matrix = jnp.asarray(rng.standard_normal((2048, 2048)), jnp.float32)

@@ -197,7 +197,8 @@ def test_padding_does_not_matter_to_sft():
     optimizer, results = SGD, []
     for tokens in (batch["tokens"], junk(batch["tokens"], batch["mask"])):
         state = sft.make_state(params, optimizer)
-        results.append(sft.train_step(state, batch | {"tokens": tokens}, config, optimizer, 3))
+        changed, args = batch | {"tokens": tokens}, sft.Args(micro_batch_size=3)
+        results.append(sft.train_step(state, changed, config, optimizer, args))
     assert_equal(results[0], results[1])
 
 
@@ -221,10 +222,11 @@ def test_padding_does_not_matter_to_reward():
     for tokens in (batch["tokens"], junk(batch["tokens"], batch["mask"])):
         state = reward.make_state(params, optimizer)
         changed = batch | {"tokens": tokens}
+        args = reward.Args(micro_batch_size=3, center_coef=0.1)
         results.append(
             [
                 reward.eval_step(params, tokens, batch["mask"], config),
-                reward.train_step(state, changed, config, optimizer, 3, 0.1),
+                reward.train_step(state, changed, config, optimizer, args),
             ]
         )
     assert_equal(results[0], results[1])
@@ -324,7 +326,8 @@ def test_micro_batches_of_sft_equal_the_whole_batch():
     optimizer, results = optax.sgd(1.0), []
     for micro_batch_size in (8, 1):
         state = sft.make_state(params, optimizer)
-        results.append(sft.train_step(state, batch, config, optimizer, micro_batch_size))
+        args = sft.Args(micro_batch_size=micro_batch_size)
+        results.append(sft.train_step(state, batch, config, optimizer, args))
     assert largest_difference(results[0][0].params, results[1][0].params) < 3e-6
     assert largest_difference(results[0][1], results[1][1]) < 1e-5
     assert largest_difference(results[0][0].params, params) > 1e-2
@@ -336,7 +339,8 @@ def test_micro_batches_of_reward_equal_the_whole_batch():
     optimizer, results = optax.sgd(1.0), []
     for micro_batch_size in (8, 1):
         state = reward.make_state(params, optimizer)
-        results.append(reward.train_step(state, batch, config, optimizer, micro_batch_size, 0.1))
+        args = reward.Args(micro_batch_size=micro_batch_size, center_coef=0.1)
+        results.append(reward.train_step(state, batch, config, optimizer, args))
     assert largest_difference(results[0][0].params, results[1][0].params) < 1e-5
     assert largest_difference(results[0][1], results[1][1]) < 1e-5
     assert largest_difference(results[0][0].params, params) > 1e-2
@@ -511,12 +515,11 @@ def test_a_step_leaves_the_parameters_it_started_from(script, models, groups):
         after, _ = train_pairs(dpo, config, start, dpo_batch()[3], DPO_ARGS)
     else:
         if script is sft:
-            batch, rest = sft.make_batch(random_rows(8, 5, 12), 20), (4,)
+            batch = sft.make_batch(random_rows(8, 5, 12), 20)
         else:
-            batch, rest = reward.make_batch(random_rows(8, 5, 12, 9), 20, [0.0] * 8), (4, 0.0)
-        after = script.train_step(script.make_state(start, SGD), batch, config, SGD, *rest)[
-            0
-        ].params
+            batch = reward.make_batch(random_rows(8, 5, 12, 9), 20, [0.0] * 8)
+        state, args = script.make_state(start, SGD), script.Args(micro_batch_size=4)
+        after = script.train_step(state, batch, config, SGD, args)[0].params
     assert_equal((start, models[2]), before)
     assert largest_difference(after, start) > 1e-5
 

@@ -178,9 +178,10 @@ def test_six_steps_of_adamw_equal_golden(tiny, goldens):
     }
     adamw = optax.adamw(1e-3, weight_decay=0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    args = sft.Args(micro_batch_size=1)
     state, losses, norms = sft.make_state(tiny[1], optimizer), [], []
     for _ in range(6):
-        state, metrics = sft.train_step(state, batch, tiny[0], optimizer, 1)
+        state, metrics = sft.train_step(state, batch, tiny[0], optimizer, args)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     close(losses, golden["train_losses_f64"], atol=2e-4)

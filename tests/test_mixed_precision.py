@@ -1,0 +1,483 @@
+"""mixed_precision.py: the loss scale, what is computed in half, and float16 without a scale."""
+
+import dataclasses
+import functools
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+from test_runs import (
+    Crash,
+    assert_same_run,
+    crash_after_a_checkpoint,
+    make_inputs,
+    metrics_of,
+    small_args,
+)
+
+import gpt2
+import mixed_precision
+import sft
+from benchmarks import mixed_precision as benchmark
+
+EOS = 7
+CONFIG = mixed_precision.GPT2Config(
+    vocab_size=24, n_positions=32, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2
+)
+ARGS = mixed_precision.Args(micro_batch_size=4, warmup_steps=2, growth_interval=3)
+ADAM, _ = mixed_precision.make_optimizer(ARGS, 100)  # one object: what is compiled for it is kept
+SGD = optax.sgd(1.0)
+
+
+def in_dtype(dtype):
+    return dataclasses.replace(CONFIG, dtype=dtype)
+
+
+@functools.cache
+def parameters():
+    one = jnp.ones((1, 1), jnp.int32)
+    return mixed_precision.GPT2(CONFIG).init(jax.random.key(0), one, one)["params"]
+
+
+@functools.cache
+def batch():
+    """8 rows of a prompt and a completion, of unequal lengths."""
+    rng = np.random.default_rng(0)
+    rows = [[rng.integers(8, 24, rng.integers(1, n)).tolist() for n in (6, 13)] for _ in range(8)]
+    return mixed_precision.make_batch(rows, 20)
+
+
+def new_state(loss_scale, optimizer=ADAM, **changes):
+    state = mixed_precision.make_state(parameters(), optimizer, loss_scale)
+    return state._replace(**changes)
+
+
+def step(state, dtype="float16", optimizer=ADAM, args=ARGS):
+    """(state, metrics) of train_step, which gives the buffers of the state away: here a copy's."""
+    state = jax.tree.map(jnp.copy, state)
+    state, metrics = mixed_precision.train_step(state, batch(), in_dtype(dtype), optimizer, args)
+    return state, jax.device_get(metrics)
+
+
+def about_to_overflow(state):
+    """`state` with the smallest power of two as its scale with which the next step overflows."""
+    scale = 2.0**24
+    while step(state._replace(loss_scale=jnp.float32(scale)))[1]["skipped_steps"]:
+        scale /= 2
+    assert 2.0**8 < scale < 2.0**24
+    return state._replace(loss_scale=jnp.float32(2 * scale))
+
+
+def assert_equal(tree, other):
+    """To the last bit."""
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other)):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+def error(tree, other):
+    """Relative, of the whole tree."""
+    return np.linalg.norm(flat(tree) - flat(other)) / np.linalg.norm(flat(other))
+
+
+def gradient(dtype, loss_scale):
+    """Of the first step: what SGD with a learning rate of 1 takes away."""
+    state, metrics = step(new_state(loss_scale, SGD), dtype, SGD)
+    assert metrics["skipped_steps"] == 0
+    return jax.tree.map(jnp.subtract, parameters(), state.params)
+
+
+# ------------------------------------------------------------------------------ the loss scale
+
+
+def test_an_overflow_halves_the_scale_and_skips_one_step():
+    state, _ = step(new_state(4.0))  # so that the optimizer's moments and count are not 0
+    before = about_to_overflow(state)._replace(good_steps=jnp.int32(2))
+    scale = before.loss_scale
+    state, metrics = step(before)
+    assert_equal(state[:2], before[:2])  # parameters; moments and counts
+    assert (state.loss_scale, state.good_steps, state.skipped_steps) == (scale / 2, 0, 1)
+    assert (metrics["loss_scale"], metrics["skipped_steps"]) == (scale, 1)
+    assert all(np.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] == 0
+
+    after, metrics = step(state)
+    assert (after.loss_scale, after.good_steps, after.skipped_steps) == (scale / 2, 1, 1)
+    assert metrics["grad_norm"] > 0
+    # As if the step had not been: the same as from the state before, with the lower scale.
+    other, _ = step(before._replace(loss_scale=scale / 2))
+    assert_equal(after[:2], other[:2])
+    counts = [x for x in jax.tree.leaves(after.opt_state) if x.dtype == jnp.int32]
+    assert [int(count) for count in counts] == [2, 2]  # Adam's and the schedule's
+    assert error(after.params, before[0]) > 1e-4
+
+
+@pytest.mark.parametrize("value", [1e6, np.nan])
+def test_a_step_that_is_not_finite_changes_nothing(value):
+    """Also where it is the forward pass, which no scale can help."""
+    bias = jnp.zeros(32).at[3].set(value)
+    poisoned = parameters() | {"ln_f": {"scale": jnp.ones(32), "bias": bias}}
+    state = mixed_precision.make_state(poisoned, ADAM, 8.0)
+    before = state
+    for skipped in range(1, 6):
+        state, metrics = step(state)
+        assert_equal(state[:2], before[:2])
+        assert metrics["skipped_steps"] == state.skipped_steps == skipped
+        assert metrics["loss_scale"] == max(8 / 2 ** (skipped - 1), 1)
+        assert not np.isfinite(metrics["loss"])  # this ends a run: RunFolder.log
+        # At the lowest scale the gradient's norm is as it is, and would end a run by itself.
+        assert np.isfinite(metrics["grad_norm"]) == (metrics["loss_scale"] > 1)
+    assert state.loss_scale == 1
+
+
+def test_the_scale_doubles_after_good_steps_in_a_row():
+    state, scales = new_state(8.0), []
+    for _ in range(7):
+        state, metrics = step(state)
+        scales.append(float(metrics["loss_scale"]))
+    assert scales == [8, 8, 8, 16, 16, 16, 32]  # growth_interval is 3
+    assert (state.loss_scale, state.good_steps, state.skipped_steps) == (32, 1, 0)
+
+    # Two good steps, an overflow, and again it takes three.
+    state = about_to_overflow(state)._replace(good_steps=jnp.int32(2))
+    scale, good_steps = float(state.loss_scale), []
+    for _ in range(3):
+        state, metrics = step(state)
+        good_steps.append(int(state.good_steps))
+    assert good_steps == [0, 1, 2] and state.loss_scale == scale / 2
+    assert step(state)[0].loss_scale == scale
+
+
+def test_the_scale_has_an_upper_bound():
+    state = new_state(2.0**24, good_steps=jnp.int32(2))
+    state, metrics = step(state, "float32")
+    assert (state.loss_scale, state.good_steps, metrics["skipped_steps"]) == (2**24, 0, 0)
+
+
+# ------------------------------------------------------------------------------ what it computes
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+def test_in_float32_the_scale_changes_nothing(optimizer):
+    """Powers of two are exact. sft.train_step is another program, which XLA may round otherwise.
+
+    Adam makes as much of the rounding in a gradient that is 0 (the keys' biases) as of others.
+    """
+    reference = sft.make_state(parameters(), optimizer)
+    config = sft.GPT2Config(**dataclasses.asdict(CONFIG))
+    scaled, unscaled = new_state(2.0**16, optimizer), new_state(1.0, optimizer)
+    never = dataclasses.replace(ARGS, growth_interval=1000)
+    for _ in range(3):
+        reference, reference_metrics = sft.train_step(
+            reference, batch(), config, optimizer, sft.Args(micro_batch_size=4)
+        )
+        unscaled, _ = step(unscaled, "float32", optimizer, never)
+        scaled, metrics = step(scaled, "float32", optimizer, never)
+        assert_equal(scaled[:2], unscaled[:2])
+        assert error(scaled.params, reference.params) < (1e-4 if optimizer is ADAM else 1e-6)
+        for name, value in reference_metrics.items():
+            assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+    assert error(scaled.params, parameters()) > 1e-3
+
+
+def test_in_half_the_scale_changes_nothing_where_nothing_underflows():
+    """Powers of two are exact in half, too; in float16 only subnormal numbers are rounded more."""
+    exact = gradient("float32", 1.0)
+    for dtype, low, high, bound in (("float16", 10, 12, 2e-3), ("bfloat16", 0, 12, 2e-2)):
+        found = gradient(dtype, 2.0**low)
+        assert_equal(found, gradient(dtype, 2.0**high))
+        print(dtype, error(found, exact))
+        assert bound / 10 < error(found, exact) < bound  # it is half precision, and no worse
+    assert 2e-4 < error(gradient("float16", 1.0), gradient("float16", 2.0**12)) < 2e-3
+
+
+def test_micro_batches_in_half_equal_the_whole_batch():
+    """Gradients of micro-batches are added up in float32."""
+    results = []
+    for size in (8, 1):
+        args = dataclasses.replace(ARGS, micro_batch_size=size)
+        results.append(step(new_state(2.0**10, SGD), "float16", SGD, args)[0])
+    whole, parts = (jax.tree.map(jnp.subtract, parameters(), x.params) for x in results)
+    assert error(parts, whole) < 1e-3
+
+
+def equations(jaxpr):
+    """All of a jaxpr's equations, those of its inner functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def forward_jaxpr(dtype):
+    def loss(params):
+        logits = mixed_precision.GPT2(in_dtype(dtype)).apply({"params": params}, tokens, mask)
+        return mixed_precision.cross_entropy_loss(logits[:, :-1], tokens[:, 1:], mask[:, 1:])[0]
+
+    tokens, mask = batch()["tokens"], batch()["mask"]
+    return jax.make_jaxpr(loss)(parameters()).jaxpr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_are_in_half_and_norms_softmax_and_loss_in_float32(dtype):
+    found = {}
+    for equation in equations(forward_jaxpr(dtype)):
+        ins = {str(x.aval.dtype) for x in equation.invars}
+        found.setdefault(equation.primitive.name, []).append((ins, equation.outvars[0].aval))
+    # q k v, scores, weighted values, c_proj, c_fc, c_proj; then the head.
+    products = found["dot_general"]
+    assert len(products) == 7 and all(ins == {dtype} for ins, _ in products)
+    float32 = [out.shape for _, out in products if out.dtype == jnp.float32]
+    (rows, length), heads = batch()["tokens"].shape, CONFIG.n_head
+    scores, logits = (rows, heads, length, length), (rows, length, CONFIG.vocab_size)
+    assert float32 == [scores, logits]
+    assert len(found["rsqrt"]) == 3 and len(found["exp"]) == 2  # norms; softmax and logsumexp
+    for name in ("rsqrt", "exp", "log", "reduce_sum", "reduce_max", "div"):
+        for ins, out in found[name]:
+            assert dtype not in ins and out.dtype != dtype, name
+    assert all(ins == {dtype} for ins, _ in found["tanh"])  # gelu's
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_kept_and_what_the_optimizer_gets_is_float32(dtype):
+    seen = []
+
+    def update(grads, state, params):
+        seen.append({x.dtype for x in jax.tree.leaves((grads, params))})
+        return grads, state
+
+    optimizer = optax.chain(optax.GradientTransformation(lambda _: (), update), ADAM)
+    state = mixed_precision.make_state(parameters(), optimizer, 8.0)
+    for _ in range(2):
+        dtypes = [x.dtype for x in jax.tree.leaves(state)]
+        assert set(dtypes) == {jnp.dtype("float32"), jnp.dtype("int32")}
+        state, _ = step(state, dtype, optimizer)
+    assert seen == [{jnp.dtype("float32")}]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_no_bfloat16_where_it_was_not_asked_for(dtype):
+    """Metal has none; training, evaluation, sampling and the ratio."""
+    config, state = in_dtype(dtype), new_state(8.0)
+    make = functools.partial(jax.make_jaxpr, static_argnums=(2, 3, 4))
+    texts = [str(make(mixed_precision.train_step)(state, batch(), config, ADAM, ARGS))]
+    make = functools.partial(jax.make_jaxpr, static_argnums=2)
+    texts.append(str(make(mixed_precision.eval_step)(state.params, batch(), config)))
+    texts.append(str(jax.make_jaxpr(lambda: sample(config, 1.0))()))
+    assert not any("bf16" in text for text in texts)
+    assert [dtype == "float16"] * 3 == ["f16[" in text for text in texts]
+    assert "bf16" in str(forward_jaxpr("bfloat16"))
+
+
+# ------------------------------------------------------------------------------ the log-ratio
+
+
+def sample(config, temperature, rows=128, eos_id=EOS):
+    """(tokens, mask, logprobs) and their log-ratios: prompts of 1 to 4 tokens, 10 new ones."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(8, 24, rng.integers(1, 5)).tolist() for _ in range(rows)]
+    prompts = mixed_precision.pad_rows(prompts, 4, left=True)
+    sampling = (jax.random.key(0), 10, temperature, eos_id)
+    sampled = mixed_precision.generate(parameters(), config, *prompts, *sampling)
+    return sampled, mixed_precision.log_ratios(parameters(), config, *sampled, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_log_ratios_by_hand(temperature):
+    (tokens, mask, logprobs), ratios = sample(in_dtype("float16"), temperature)
+    assert (np.asarray(mask)[:, 4:].sum(axis=1) < 10).any()  # rows that ended
+    apply = jax.jit(mixed_precision.GPT2(CONFIG).apply)
+    expected = []
+    for row, kept, logprob in zip(np.asarray(tokens), np.asarray(mask) > 0, np.asarray(logprobs)):
+        end, length = kept.sum(), kept[4:].sum()  # of the row without padding; of its response
+        row = np.pad(row[kept], (0, 14 - end))
+        logits = apply({"params": parameters()}, row[None], np.ones((1, 14), np.int32))[0]
+        logits = np.asarray(logits, np.float64)[end - length - 1 : end - 1] / (temperature or 1)
+        full = logits[range(length), row[end - length : end]] - np.log(np.exp(logits).sum(axis=1))
+        expected.append(logprob[:length].sum() - full.sum())
+    np.testing.assert_allclose(ratios, expected, atol=2e-5)
+    assert np.std(expected) > 5e-4
+    _, ratios = sample(CONFIG, temperature)  # float32
+    assert np.abs(ratios).max() < 2e-5
+
+
+def test_spread_of_the_log_ratio():
+    """Published of a 1B model and 10 tokens: 6.6e-6, 4.2e-3, 5.1e-2."""
+    spreads, means = [], []
+    for dtype in ("float32", "float16", "bfloat16"):
+        _, ratios = sample(in_dtype(dtype), 1.0, 512, -1)
+        spreads.append(float(ratios.std()))
+        means.append(float(jnp.exp(ratios).mean()))
+    print(spreads, means)
+    assert spreads[0] < 1e-5
+    assert spreads[1] / spreads[0] > 100
+    assert 5 < spreads[2] / spreads[1] < 12  # three bits fewer: 8
+    for mean, spread in zip(means, spreads):
+        assert abs(mean - 1) < 5 * spread / 512**0.5 + spread**2
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run_args(inputs, run_dir, **changes):
+    """test_runs.py's small run of sft.py, 8 steps, with this script's flags."""
+    return mixed_precision.Args(**(vars(small_args(sft, inputs, run_dir)) | changes))
+
+
+def test_a_run_that_skips_is_resumed(inputs, tmp_path):
+    """Overflows before the checkpoint and after it; the scale grows, too."""
+    first = {"loss_scale": 2.0**24, "growth_interval": 2}
+    args = run_args(inputs, tmp_path / "whole", **first)
+    mixed_precision.main(args)
+    rows = metrics_of(tmp_path / "whole")
+    scales = [row["loss_scale"] for row in rows[1:]]
+    skipped = [row["skipped_steps"] for row in rows[1:]]
+    assert 1 <= skipped[2] < skipped[-1] < 8  # the checkpoints are of steps 3, 6 and 8
+    assert scales[0] == 2**24 and scales[1] == 2**23 and len(set(scales)) > 3
+    for row, before in zip(rows[1:], [0, *skipped]):
+        assert (row["grad_norm"] == 0) == (row["skipped_steps"] > before)
+
+    args = dataclasses.replace(args, run_dir=str(tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_after_a_checkpoint(mixed_precision, patch)
+        mixed_precision.main(args)
+    checkpoint = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert checkpoint[".loss_scale"] == scales[3]
+    assert checkpoint[".skipped_steps"] == skipped[2]
+    mixed_precision.main(dataclasses.replace(args, resume=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_run_logs_the_ratio_and_saves_float32(dtype, inputs, tmp_path):
+    mixed_precision.main(run_args(inputs, tmp_path / "run", dtype=dtype, epochs=1))
+    rows = metrics_of(tmp_path / "run")
+    spreads = [row["eval/log_ratio_std"] for row in rows if "eval/log_ratio_std" in row]
+    assert len(spreads) == len([row for row in rows if "eval/loss" in row]) == 3
+    low, high = {"float32": (0, 2e-5), "float16": (2e-4, 1e-2), "bfloat16": (2e-3, 1e-1)}[dtype]
+    assert all(low < spread < high for spread in spreads), spreads
+    assert all(abs(row["eval/ratio"] - 1) < 3 * high for row in rows if "eval/ratio" in row)
+    samples = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
+    assert len(samples) == 3 * 8
+    tensors = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {x.dtype for x in tensors.values()} == {np.dtype("float32")}
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["dtype"] == "float32"
+
+
+def test_in_float32_a_run_is_that_of_sft(inputs, tmp_path):
+    args = run_args(inputs, tmp_path / "run", dtype="float32")
+    mixed_precision.main(args)
+    sft.main(small_args(sft, inputs, tmp_path / "sft"))
+    rows, others = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "sft")
+    assert len(rows) == len(others) == 9
+    for row, other in zip(rows, others):
+        assert {name: row[name] for name in other} == pytest.approx(other, rel=1e-4)
+    tensors = [load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "sft")]
+    assert error(*tensors) < 1e-3
+
+
+def test_a_run_that_diverges_ends(inputs, tmp_path, error_line):
+    """Every step after the first is skipped, and would be forever."""
+    args = run_args(inputs, tmp_path / "run", learning_rate=1e9)
+    message = error_line(mixed_precision.main, args)
+    assert "is not finite at step 2" in message and "--learning-rate" in message
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["METAL", "metal"])
+def test_no_bfloat16_on_metal(name, inputs, tmp_path, monkeypatch, error_line):
+    monkeypatch.setattr(jax, "default_backend", lambda: name)
+    args = run_args(inputs, tmp_path / "run", dtype="bfloat16")
+    message = error_line(mixed_precision.main, args)
+    assert "bfloat16" in message and "--dtype float16" in message
+    assert not (tmp_path / "run").exists()
+    mixed_precision.main(dataclasses.replace(args, dtype="float16", epochs=1))
+    message = error_line(gpt2.main, gpt2.Args(prompt=("It is",), dtype="bfloat16"))
+    assert "bfloat16" in message and "--dtype float16" in message
+
+
+@pytest.mark.parametrize("flag", ["loss_scale", "growth_interval"])
+@pytest.mark.parametrize("value", [0, -8])
+def test_a_bad_scale(flag, value, inputs, tmp_path, error_line):
+    message = error_line(mixed_precision.main, run_args(inputs, tmp_path / "run", **{flag: value}))
+    assert message == f"error: --{flag.replace('_', '-')} must be at least 1\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_absurd_scale_comes_down():
+    """Gradients are infinite; the scale goes to its upper bound, and from there by halves."""
+    state = new_state(np.inf)
+    for scale in (np.inf, 2**24, 2**23):
+        state, metrics = step(state)
+        assert metrics["loss_scale"] == scale and np.isfinite(metrics["loss"])
+    assert state.skipped_steps == 3 and metrics["grad_norm"] == 0
+
+
+# ------------------------------------------------------------------------------ underflow
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """(config, parameters, 300 batches of 4096 tokens): benchmarks/mixed_precision.py."""
+    return *benchmark.make_model(), benchmark.review_batches(300)
+
+
+def test_gradients_underflow_in_float16_without_a_scale(reviews):
+    """In the residual stream, and more the larger it is; with a scale none."""
+    config, params, batches = reviews
+    exact = [
+        benchmark.gradients(benchmark.enlarge_residual(params, factor), config, batches[0], 1.0)
+        for factor in (1, 1024)
+    ]
+    assert float(exact[0][1]) == pytest.approx(float(exact[1][1]), abs=1e-4)  # one function
+    assert error(exact[1][0][1], jax.tree.map(lambda x: x / 1024, exact[0][0][1])) < 0.02
+    for factor, zeros, wrong in ((1, (0, 0.005), (0, 0.01)), (1024, (0.1, 1), (0.2, 1))):
+        large = benchmark.enlarge_residual(params, factor)
+        unscaled = benchmark.underflow(large, config, batches[0], "float16", 1.0)
+        scaled = benchmark.underflow(large, config, batches[0], "float16", 65536.0)
+        print(factor, unscaled, scaled)
+        assert zeros[0] <= unscaled[0] <= zeros[1]
+        assert wrong[0] <= unscaled[2] <= wrong[1]
+        assert scaled[0] < 1e-3 and scaled[2] < 0.005
+
+
+@pytest.mark.slow
+def test_float16_follows_float32_where_it_is_scaled(reviews):
+    """The same 300 batches; the distance of the curves, each a mean of 20 steps, in nats."""
+    config, params, batches = reviews
+    params = benchmark.enlarge_residual(params, 1024)
+    losses = {
+        name: benchmark.smooth(benchmark.train(params, config, *run, batches)[0])
+        for name, run in benchmark.RUNS.items()
+    }
+    exact = losses.pop("float32")
+    assert exact[0] > 6 and exact[-1] < 3
+    band = {name: np.abs(curve - exact).max() for name, curve in losses.items()}
+    print(exact[[0, -1]], band)
+    assert band["float16, scaled"] < 2e-3
+    assert band["bfloat16"] < 2e-2
+    assert band["float16, not scaled"] > 1
