@@ -957,6 +957,19 @@ def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
     return token_logprobs(logits, tokens[:, prompt_length:]), entropy
 
 
+@functools.partial(jax.jit, static_argnums=(2, 6))
+def sample(params, ref_params, config, tokens, mask, key, sampling):
+    """Completions with the policy's and the reference's log-probabilities of them.
+
+    tokens, mask [B, P], padded on the left; sampling: what generate takes after the key. Returns
+    tokens, mask [N, P + R], logprobs, ref_logprobs [N, R].
+    """
+    prompt_length, temperature = tokens.shape[1], sampling[1]
+    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
+    ref_logprobs, _ = policy_logprobs(ref_params, config, tokens, mask, prompt_length, temperature)
+    return tokens, mask, logprobs, ref_logprobs
+
+
 @functools.partial(jax.jit, static_argnums=6)
 def make_experience(tokens, mask, logprobs, ref_logprobs, scores, ended, args):
     """What train_step learns from: (batch, metrics) of a rollout and its scores, group by group.
@@ -1109,11 +1122,9 @@ def main(args):
         prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
         tokens, mask = pad_rows(ids, prompt_length, left=True)
         sampling = (args.max_completion_length, args.temperature, eos_id, 0, num_samples)
-        tokens, mask, logprobs = generate(state.params, config, tokens, mask, key, *sampling)
         reference = ref_params if state.ref_params is None else state.ref_params
-        ref_logprobs, _ = policy_logprobs(
-            reference, config, tokens, mask, prompt_length, args.temperature
-        )
+        sampled = sample(state.params, reference, config, tokens, mask, key, sampling)
+        tokens, mask, logprobs, ref_logprobs = sampled
         completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
         ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
         scores = -args.missing_eos_penalty * ~ended

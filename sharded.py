@@ -1,18 +1,19 @@
 """GRPO on many devices: grpo.py on a mesh, by data, fully sharded and tensor parallelism.
 
-The devices of all processes form a Mesh, a grid whose three axes have names. A PartitionSpec says
-which of them splits which axis of an array: P("fsdp", "tensor") cuts a matrix into bands of rows
-along `fsdp`, and each band along `tensor`. Told how arguments and results are split, jit compiles
-the code below, written as if for one device, into one program for all, and XLA adds the messages.
+The devices of all processes form a Mesh, a grid with three named axes. A Spec (PartitionSpec) names
+for each axis of an array the mesh axis that splits it: Spec("fsdp", "tensor") cuts a matrix into
+bands of rows, and these into blocks. jit is told how arguments and results are split; it compiles
+what is written as for one device into one program for all, and puts in the communication.
 
-    data    splits the rows of a batch; every device has all weights; gradients are summed
-    fsdp    splits the rows, too, and at rest the weights, their moments and gradients: this memory
-            falls as 1 / fsdp; a weight is gathered where it is used
-    tensor  splits heads, hidden units and vocabulary; partial results are summed after attention
-            and after the MLP: it talks most, so keep it within a machine
+    data    splits the rows of a batch; an all-reduce sums their gradients
+    fsdp    splits the rows, too, and, between passes, weights and moments: this memory falls as
+            1 / fsdp; a pass all-gathers the weights, and scatters the summed gradients
+    tensor  splits heads, hidden units and vocabulary; an all-reduce sums the parts after attention
+            and after the MLP of each block: keep it within a machine
 
-Of many processes each rewards its own rows and writes its shards of a checkpoint; process 0 writes
-the rest. The algorithm is grpo.py's, as this says:
+A process rewards its share of the rows and writes its shards of a checkpoint; process 0 writes the
+rest. One step agrees with grpo.py's to rounding; over a run, a token on the border of two falls the
+other way now and then.
 
 Shao et al. 2024, "DeepSeekMath", section 4. Each step samples num_generations completions to each
 prompt. The advantage of a completion is its reward less its group's mean, the same at every token:
@@ -43,10 +44,10 @@ With one update a rollout (--epochs 1 --num-minibatches 1) the ratio is 1, nothi
 the loss says nothing: a group's advantages sum to 0, so it stays near 0 (near kl_coef * k3 with
 --kl-in loss), while its gradient does not.
 
-    python sharded.py --fsdp 4 --tensor 2   # 8 devices; JAX_NUM_CPU_DEVICES=8 simulates them
-    python sharded.py --model gpt2-xl --fsdp -1 --data 1 --coordinator auto   # one of many
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python sharded.py --fsdp 4 --tensor 2    # simulated
+    python sharded.py --fsdp 16 --coordinator auto    # on each host of a Slurm job or a TPU pod
 
-On any mesh it comes to grpo.py's numbers, but for rounding. Compare: `diff grpo.py sharded.py`.
+Compare: `diff grpo.py sharded.py`.
 """
 
 import sys
@@ -147,9 +148,10 @@ import orbax.checkpoint as ocp
 import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from jax.experimental import multihost_utils
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as Spec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from safetensors.flax import load_file, save_file
 from tensorboardX import SummaryWriter
@@ -495,42 +497,47 @@ def score_sequences(params, config, tokens, mask):
 
 # -------------------------------------------------------------------------------------------- mesh
 
-BATCH = P(("data", "fsdp"))  # how rows are split
-# How the axes of a weight are split, by the first pattern in its name; what has none is whole
-# everywhere. The optimizer's moments have the names of their weights.
+BATCH = Spec(("data", "fsdp"))  # how rows are split
+# How the axes of a weight, and of its moments, are split: by the first pattern in its name.
 RULES = {
-    "wte|lm_head": P("tensor", "fsdp"),  # [V, D]
-    "wpe": P(None, "fsdp"),  # [N, D]
-    "c_attn.*kernel": P("fsdp", None, "tensor"),  # [D, 3, H, D/H]: a head keeps its q, k and v
-    "c_attn.*bias": P(None, "tensor"),  # [3, H, D/H]
-    "c_fc.*kernel": P("fsdp", "tensor"),  # [D, 4D]
-    "c_fc.*bias": P("tensor"),  # [4D]
-    "c_proj.*kernel": P("tensor", "fsdp"),  # [D, D] after attention, [4D, D] in the MLP
+    "wte|lm_head": Spec("tensor", "fsdp"),  # [V, D]
+    "wpe": Spec(None, "fsdp"),  # [N, D]
+    "c_attn.*kernel": Spec("fsdp", None, "tensor"),  # [D, 3, H, D/H]: a head keeps its q, k and v
+    "c_attn.*bias": Spec(None, "tensor"),  # [3, H, D/H]
+    "c_fc.*kernel": Spec("fsdp", "tensor"),  # [D, 4D]
+    "c_fc.*bias": Spec("tensor"),  # [4D]
+    "c_proj.*kernel": Spec("tensor", "fsdp"),  # [D, D] after attention, [4D, D] in the MLP
 }
 
 
 def join_processes(coordinator, num_processes, process_id, patience=60):
-    """Makes this process one of many; comes before anything else that touches a device.
+    """Makes this process one of many, before it touches a device; when one dies, JAX ends all.
 
-    Fails where nothing answers at the coordinator for `patience` seconds: jax.distributed, asked to
-    connect there, would abort. Once connected, JAX ends all processes when one of them ends early.
+    Fails where nothing answers at the coordinator for `patience` seconds, or its port is taken:
+    jax.distributed.initialize would abort, past all catching.
     """
     host, _, port = coordinator.rpartition(":")
     if coordinator != "auto" and not (host and port.isdigit()):
         fail(f"--coordinator {coordinator} is neither host:port nor auto")
     deadline = time.monotonic() + patience
-    while host and process_id:  # process 0 is the coordinator
+    while host:  # process 0 is the coordinator
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            if process_id:
+                socket.create_connection((host, port), timeout=5).close()
+            elif process_id == 0:
+                socket.create_server(("", int(port))).close()
             break
         except OSError as error:
+            if not process_id:
+                fail(f"process 0 cannot listen at {coordinator}: {error}")
             if time.monotonic() > deadline:
                 fail(f"no coordinator answers at {coordinator}, where process 0 should be: {error}")
             time.sleep(1)
-    address = (coordinator if host else None, num_processes, process_id)
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    address = (None if coordinator == "auto" else coordinator, num_processes, process_id)
     limits = {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 20}
     try:
-        jax.distributed.initialize(*address, **limits)
+        jax.distributed.initialize(*address, initialization_timeout=patience, **limits)
     except (ValueError, RuntimeError) as error:
         fail(f"no processes to join with --coordinator {coordinator}: {error}")
     if jax.process_index() > 0:  # process 0 speaks for all
@@ -539,47 +546,55 @@ def join_processes(coordinator, num_processes, process_id, patience=60):
 
 def make_mesh(data, fsdp, tensor):
     """The devices of all processes; one of the sizes may be -1: as many as the others leave."""
-    devices, sizes = np.array(jax.devices()), (data, fsdp, tensor)
+    count, sizes = jax.device_count(), (data, fsdp, tensor)
     try:
-        return Mesh(devices.reshape(sizes), ("data", "fsdp", "tensor"))
+        shape = np.arange(count).reshape(sizes).shape
     except ValueError:
-        fail(f"{len(devices)} devices do not make a mesh of --data, --fsdp, --tensor {sizes}")
+        fail(f"{count} devices do not make a mesh of --data, --fsdp, --tensor {sizes}")
+    # Neighbours in a TPU's network stay neighbours. (jax.make_mesh's axes are another kind.)
+    return Mesh(create_device_mesh(shape), ("data", "fsdp", "tensor"))
 
 
 def shardings(tree, mesh, without=None, even=True):
     """The NamedSharding of each array in a tree with GPT-2's names: RULES, `without` one axis.
 
-    even: an axis that cannot be cut into equal parts (GPT-2 has 50 257 tokens) stays whole, as it
-    must where a program begins and ends; inside of it, XLA fills up the last part.
+    even: an axis that does not divide (GPT-2 has 50 257 tokens) stays whole, as jit's arguments and
+    results must be; inside of it, XLA fills up the last part.
     """
 
     def sharding(leaf, x):
         name = jax.tree_util.keystr(leaf)
-        spec = next((spec for pattern, spec in RULES.items() if re.search(pattern, name)), P())
+        spec = next((spec for pattern, spec in RULES.items() if re.search(pattern, name)), Spec())
         split = [
             None if axis == without or (even and size % mesh.shape.get(axis, 1)) else axis
             for size, axis in zip(x.shape, spec)
         ]
-        return NamedSharding(mesh, P(*split))
+        return NamedSharding(mesh, Spec(*split))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def gather_weights(params, mesh):
-    """The weights as a pass uses them: whole along `fsdp`. Called inside jit.
+def put(x, sharding):
+    """An array that every process has, onto the mesh: each hands its own devices their parts."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-    Their gradient goes the same way back: summed over the rows, then split as the weights are.
-    """
-    gathered, used = (shardings(params, mesh, "fsdp", even) for even in (True, False))
-    for sharding in (shardings(params, mesh), gathered, used):
-        params = jax.lax.with_sharding_constraint(params, sharding)
+
+def gather_weights(params, mesh):
+    """The weights as a pass uses them, inside jit: as they lie, which is how their gradient comes
+    back; then whole along fsdp; then the vocabulary split even where that leaves unequal parts."""
+    for changes in ({}, {"without": "fsdp"}, {"without": "fsdp", "even": False}):
+        params = jax.lax.with_sharding_constraint(params, shardings(params, mesh, **changes))
     return params
 
 
-def to_host(x):
-    """This process's rows of an array that is split by rows, as a NumPy array."""
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([shards[start] for start in sorted(shards)])
+def call_reward_in_parts(function, rows, completions):
+    """call_reward, each process for its share of the rows; every process gets all scores [B]."""
+    i, n, scores = jax.process_index(), jax.process_count(), np.zeros((1, len(rows)), np.float32)
+    own = slice(len(rows) * i // n, len(rows) * (i + 1) // n)
+    if rows[own]:
+        scores[0, own] = call_reward(function, rows[own], completions[own])
+    return process_allgather(scores, tiled=True).sum(axis=0)
 
 
 # --------------------------------------------------------------------- checkpoints and run folder
@@ -691,8 +706,7 @@ class RunFolder:
     """args.json, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoint/, model/.
 
     A run is finished when model/ is there. What is logged at a step is flushed before that step's
-    checkpoint; a resumed run cuts the logs back to the checkpoint and does the rest again. Each
-    process writes its shards of a checkpoint, and process 0 the rest.
+    checkpoint; a resumed run cuts the logs back to the checkpoint and does the rest again.
     """
 
     def __init__(self, args):
@@ -725,10 +739,10 @@ class RunFolder:
                 print(f"{self.path} is finished: its model is {self.path / 'model'}")
                 raise SystemExit(0)
         self.checkpoints = self.path.resolve() / "checkpoint"
-        multihost_utils.sync_global_devices("every process has seen the folder as it was")
-        if jax.process_index() > 0:  # its logs are those of process 0: they go where nobody looks
-            self.nowhere = tempfile.TemporaryDirectory()
-            self.path = Path(self.nowhere.name)
+        sync_global_devices("every process has seen the folder as it was")
+        if jax.process_index() > 0:  # the logs are process 0's; these vanish
+            self.logs = tempfile.TemporaryDirectory()
+            self.path = Path(self.logs.name)
 
     def start(self, state, total_steps):
         """(state, step) of the checkpoint, or (state, 0) without one; opens the logs there."""
@@ -737,9 +751,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.args, indent=2)
         write_file(self.path / "args.json", lambda path: path.write_text(text, "utf-8"))
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(self.checkpoints, options=options)
+        options = {"max_to_keep": 1, "cleanup_tmp_directories": True}
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+        self.manager = ocp.CheckpointManager(self.checkpoints, options=options)  # waits for all
+        if not self.checkpoints.with_name("args.json").exists():
+            fail(f"{self.checkpoints.parent} is not on storage that all processes see")
         if step := self.checkpoint_step():
+            state = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = self.manager.restore(step, args=ocp.args.StandardRestore(state))
         self.files = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -788,7 +806,7 @@ class RunFolder:
         return step == self.total_steps or any(step % interval == 0 for interval in every)
 
     def save(self, step, state):
-        """Writes the train state, whole or not at all, to a folder of the step's name."""
+        """Writes the train state, whole or not at all, to a folder named after the step."""
         self.manager.save(step, args=ocp.args.StandardSave(state))
 
     def checkpoint_step(self):
@@ -1075,6 +1093,23 @@ def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
     return token_logprobs(logits, tokens[:, prompt_length:]), entropy
 
 
+def sample(params, ref_params, config, tokens, mask, key, sampling, mesh):
+    """Completions with the policy's and the reference's log-probabilities of them.
+
+    tokens, mask [B, P], padded on the left; sampling: what generate takes after the key. Returns
+    tokens, mask [N, P + R], logprobs, ref_logprobs [N, R].
+    """
+
+    def whole_rows(logits):  # [N, V]: drawing sums a row up from end to end; takes nothing away
+        return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, BATCH))
+
+    params, ref_params = (gather_weights(x, mesh) for x in (params, ref_params))
+    prompt_length, temperature = tokens.shape[1], sampling[1]
+    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling, whole_rows)
+    ref_logprobs, _ = policy_logprobs(ref_params, config, tokens, mask, prompt_length, temperature)
+    return tokens, mask, logprobs, ref_logprobs
+
+
 @functools.partial(jax.jit, static_argnums=6)
 def make_experience(tokens, mask, logprobs, ref_logprobs, scores, ended, args):
     """What train_step learns from: (batch, metrics) of a rollout and its scores, group by group.
@@ -1113,14 +1148,13 @@ def make_experience(tokens, mask, logprobs, ref_logprobs, scores, ended, args):
 
 def train_step(state, batch, key, config, optimizer, args, mesh):
     """All updates of one rollout, epochs * num_minibatches, in one scan: (state, metrics)."""
-    by_rows = NamedSharding(mesh, BATCH)
     size, response_length = batch["logprobs"].shape
     prompt_length = batch["tokens"].shape[1] - response_length
     clip_high = args.clip_eps if args.clip_eps_high is None else args.clip_eps_high
 
     def loss_fn(params, batch):
         params = gather_weights(params, mesh)
-        batch = jax.lax.with_sharding_constraint(batch, by_rows)
+        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         logprobs, entropy = policy_logprobs(
             params, config, batch["tokens"], batch["mask"], prompt_length, args.temperature
         )
@@ -1161,47 +1195,18 @@ def train_step(state, batch, key, config, optimizer, args, mesh):
     return TrainState(params, opt_state, state.ref_params), metrics
 
 
-def sample(params, ref_params, tokens, mask, key, num_samples, eos_id, config, args, mesh):
-    """Completions, and the reference's opinion: tokens, mask [N, P + R], logprobs twice [N, R]."""
+def jit_on_mesh(mesh, state_shardings):
+    """(sample, train_step), compiled for a mesh; a state gives its buffers to the next one."""
+    by_rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, Spec())
+    state, params = state_shardings, state_shardings.params
 
-    def whole_rows(logits):  # [N, V]: to draw a token, its row is summed up from end to end
-        return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, BATCH))
+    def jit(function, static, given, returned, **options):
+        shardings = {"in_shardings": given, "out_shardings": returned}
+        return jax.jit(function, static_argnums=static, **shardings, **options)
 
-    params, ref_params = (gather_weights(x, mesh) for x in (params, ref_params))
-    prompt_length = tokens.shape[1]
-    sampling = (args.max_completion_length, args.temperature, eos_id, 0, num_samples, whole_rows)
-    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
-    ref_logprobs, _ = policy_logprobs(
-        ref_params, config, tokens, mask, prompt_length, args.temperature
-    )
-    return tokens, mask, logprobs, ref_logprobs
-
-
-@functools.partial(jax.jit, static_argnums=(1, 4))
-def score(params, config, tokens, mask, mesh):
-    """The learned reward of whole sequences: [B, T], [B, T] -> [B]."""
-    scores = score_sequences(gather_weights(params, mesh), config, tokens, mask)
-    return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, BATCH))
-
-
-def jit_on_mesh(mesh, states):
-    """(sample, make_experience, train_step) on a mesh; states: a TrainState of shardings."""
-    rows, whole, weights = NamedSharding(mesh, BATCH), NamedSharding(mesh, P()), states.params
     return (
-        jax.jit(
-            sample,
-            static_argnums=(5, 6, 7, 8, 9),
-            in_shardings=(weights, weights, rows, rows, whole),
-            out_shardings=rows,
-        ),
-        jax.jit(make_experience, static_argnums=6, in_shardings=rows, out_shardings=(rows, whole)),
-        jax.jit(
-            train_step,
-            static_argnums=(3, 4, 5, 6),
-            donate_argnums=0,
-            in_shardings=(states, rows, whole),
-            out_shardings=(states, whole),
-        ),
+        jit(sample, (2, 6, 7), (params, params, by_rows, by_rows, whole), by_rows),
+        jit(train_step, (3, 4, 5, 6), (state, by_rows, whole), (state, whole), donate_argnums=0),
     )
 
 
@@ -1213,6 +1218,8 @@ def main(args):
         args = dataclasses.replace(args, reward_model="runs/reward/model")
     if args.coordinator:
         join_processes(args.coordinator, args.num_processes, args.process_id)
+    elif (args.num_processes, args.process_id) != (None, None):
+        fail("--num-processes and --process-id say nothing without --coordinator")
     run = RunFolder(args)
     tokenizer = load_tokenizer(args.model)
     config, ref_params = load_model(args.model)
@@ -1263,54 +1270,49 @@ def main(args):
             f"{len(rows)} rows are too few for the {prompts_per_step} of a step: lower --batch-size"
         )
     mesh = make_mesh(args.data, args.fsdp, args.tensor)
-    parts, heads = mesh.shape["data"] * mesh.shape["fsdp"], config.n_head
-    for count, what in (
-        (prompts_per_step, "prompts of a step (--batch-size / --num-generations)"),
-        (args.micro_batch_size, "sequences of --micro-batch-size"),
+    by_rows, parts = NamedSharding(mesh, BATCH), mesh.shape["data"] * mesh.shape["fsdp"]
+    for count, size, what in (
+        (prompts_per_step, parts, "prompts of a step (--batch-size / --num-generations)"),
+        (args.micro_batch_size, parts, "sequences of --micro-batch-size"),
+        (config.n_head, mesh.shape["tensor"], "heads of the model"),
     ):
-        if count % parts:
-            fail(f"--data times --fsdp is {parts} and cannot split the {count} {what}")
-    if len(eval_rows) < parts:
-        fail(f"--data times --fsdp is {parts}: too many for {len(eval_rows)} held-out prompts")
-    if heads % mesh.shape["tensor"]:
-        fail(f"--tensor {mesh.shape['tensor']} cannot split the model's {heads} heads")
-    eval_rows = eval_rows[: len(eval_rows) // parts * parts]
+        if count % size:
+            fail(f"a mesh of {dict(mesh.shape)} cannot split the {count} {what} into {size}")
     batches = prompt_batches(len(rows), prompts_per_step, args.steps, args.seed)
     updates_per_step = args.epochs * args.num_minibatches
     optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
-    by_rows, moves = NamedSharding(mesh, BATCH), args.ref_sync_steps is not None
-    to_mesh = functools.partial(jax.make_array_from_process_local_data, by_rows)
-    ref_params = jax.device_put(ref_params, shardings(ref_params, mesh))
-    if args.reward_model:
-        reward_params = jax.device_put(reward_params, shardings(reward_params, mesh))
-    new_state = functools.partial(make_state, optimizer=optimizer, ref_moves=moves)
-    states = shardings(jax.eval_shape(new_state, ref_params), mesh)
-    state, start = run.start(jax.jit(new_state, out_shardings=states)(ref_params), args.steps)
-    sample, make_experience, train_step = jit_on_mesh(mesh, states)
+    ref_params = jax.tree.map(put, ref_params, shardings(ref_params, mesh))
+    if args.reward_model:  # whole along fsdp: it is only read
+        reward_params = jax.tree.map(put, reward_params, shardings(reward_params, mesh, "fsdp"))
+    ref_moves = args.ref_sync_steps is not None
+    new_state = functools.partial(make_state, optimizer=optimizer, ref_moves=ref_moves)
+    state_shardings = shardings(jax.eval_shape(new_state, ref_params), mesh)
+    new_state = jax.jit(new_state, out_shardings=state_shardings)
+    state, start = run.start(new_state(ref_params), args.steps)
+    sample, train_step = jit_on_mesh(mesh, state_shardings)  # from here on: these
 
     def rollout(prompts, num_samples, stream, step):
         """(what make_experience takes, metrics, samples) of the present policy."""
-        own = to_host(jax.device_put(np.arange(len(prompts)), by_rows))
-        rows, ids = zip(*(prompts[i] for i in own))  # of this process
+        rows, ids = zip(*prompts)
         rows = [row for row in rows for _ in range(num_samples)]  # group by group
         prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
-        tokens, mask = (to_mesh(x) for x in pad_rows(ids, prompt_length, left=True))
+        ids = (ids * parts)[: -(-len(ids) // parts) * parts]  # again from the first, to be split
+        tokens, mask = (put(x, by_rows) for x in pad_rows(ids, prompt_length, left=True))
+        sampling = (args.max_completion_length, args.temperature, eos_id, 0, num_samples)
         reference = ref_params if state.ref_params is None else state.ref_params
-        static = (num_samples, eos_id, config, args, mesh)
-        tokens, mask, logprobs, ref_logprobs = sample(
-            state.params, reference, tokens, mask, key, *static
-        )
-        own_tokens, own_mask = to_host(tokens), to_host(mask)
-        completions = decode_responses(tokenizer, own_tokens, own_mask, prompt_length, eos_id)
-        ended = np.any(own_tokens[:, prompt_length:] == eos_id, axis=1)
+        sampled = sample(state.params, reference, config, tokens, mask, key, sampling, mesh)
+        copies = (x[: len(rows)] for x in process_allgather(sampled, tiled=True))
+        tokens, mask, logprobs, ref_logprobs = copies
+        completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
+        ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
         scores = -args.missing_eos_penalty * ~ended
         if args.reward_model:
-            scores = scores + to_host(score(reward_params, reward_config, tokens, mask, mesh))
+            learned = score_sequences(reward_params, reward_config, *sampled[:2])
+            scores = scores + process_allgather(learned, tiled=True)[: len(rows)]
         for function, weight in zip(functions, weights):
-            scores = scores + weight * call_reward(function, rows, completions)
+            scores = scores + weight * call_reward_in_parts(function, rows, completions)
         columns = {"prompt": [row["prompt"] for row in rows], "completion": completions}
         columns["score"] = scores.tolist()
-        scores, ended = to_mesh(scores), to_mesh(ended)
         response_mask = mask[:, prompt_length:]
         kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
         metrics = {
@@ -1321,8 +1323,8 @@ def main(args):
             "completions/clipped_ratio": 1 - ended.mean(),
         }
         if gold:
-            golds = call_reward(gold, rows, completions)
-            metrics["gold/reward"], columns["gold"] = to_mesh(golds).mean(), golds.tolist()
+            golds = call_reward_in_parts(gold, rows, completions)
+            metrics["gold/reward"], columns["gold"] = golds.mean(), golds.tolist()
         samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
         return (tokens, mask, logprobs, ref_logprobs, scores, ended), metrics, samples
 
@@ -1338,6 +1340,7 @@ def main(args):
         prompts = [rows[i] for i in batches[step - 1]]
         sampled, metrics, _ = rollout(prompts, args.num_generations, "rollout", step)
         batch, batch_metrics = make_experience(*sampled, args)
+        batch = {name: put(x, by_rows) for name, x in batch.items()}
         key = stream_key(args.seed, "minibatches", step)
         state, update_metrics = train_step(state, batch, key, config, optimizer, args, mesh)
         metrics |= jax.device_get(batch_metrics | update_metrics)
@@ -1354,10 +1357,10 @@ def main(args):
         if run.due(step, args.save_every):
             run.save(step, state)
     run.finish()
-    params = multihost_utils.process_allgather(state.params, tiled=True)
+    params = process_allgather(state.params, tiled=True)
     if jax.process_index() == 0:
         save_model(run.path / "model", config, params, args.model)
-    multihost_utils.sync_global_devices("the model is written")
+    sync_global_devices("the model is written")
 
 
 if __name__ == "__main__":

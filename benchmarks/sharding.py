@@ -1,13 +1,15 @@
-"""What one device holds under fsdp: GPT-2 from 124M to XL on 1 to 64 devices, compiled, not run.
+"""sharded.py on simulated devices: what one of them holds, and whether all meshes sample the same.
 
-    python benchmarks/sharding.py
-    python benchmarks/sharding.py 124M 1.5B
+    python benchmarks/sharding.py memory           # GPT-2 from 124M to XL on 1 to 64 devices
+    python benchmarks/sharding.py tokens MODEL     # a folder whose heads 8 divides
 
-sharded.py's train_step is compiled from shapes alone for a mesh of simulated devices; no weight is
-ever made. The figures are compiled.memory_analysis()'s of one device, in MB (10^6 bytes). State is
-what the program takes in and gives back in its place: float32 weights and AdamW's two moments,
-12 bytes a parameter. Temporary is what it needs besides, for one sequence of 256 tokens a device:
-mostly the gathered weights and, on a CPU, where XLA splits it only after the sum, the gradient.
+memory: train_step is compiled from shapes alone for fsdp = N; no weight is ever made. The figures
+are compiled.memory_analysis()'s of one device, in MB (10^6 bytes). State is what the program takes
+in and gives back in its place: float32 weights and AdamW's two moments, 12 bytes a parameter.
+Temporary is what it needs besides, for one sequence of 256 tokens a device: mostly the gathered
+weights and, on a CPU, where XLA splits it only after the sum, the gradient.
+
+tokens: 20 times 256 reviews are sampled, 8 to a prompt, and held against those of one device.
 """
 
 import sys
@@ -19,7 +21,7 @@ jax.config.update("jax_num_cpu_devices", 64)
 import jax.numpy as jnp
 import numpy as np
 import spine  # noqa: F401  (puts the scripts on the path)
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import sharded
 
@@ -58,15 +60,15 @@ def compile_train_step(size, devices):
         return shared | {"logprobs": logprobs, "ref_logprobs": logprobs, "advantages": scores}
 
     state, batch, key = jax.eval_shape(lambda: (new_state(), new_batch(), jax.random.key(0)))
-    _, _, train_step = sharded.jit_on_mesh(mesh, sharded.shardings(state, mesh))
+    _, train_step = sharded.jit_on_mesh(mesh, sharded.shardings(state, mesh))
     lowered = train_step.lower(state, batch, key, config, optimizer, args, mesh)
     return lowered.compile(), sum(x.size for x in jax.tree.leaves(state.params))
 
 
-def main():
+def memory_table():
     print("| GPT-2 | parameters | devices | state, MB | times devices | temporary, MB |")
     print("|---|---|---|---|---|---|")
-    for size in sys.argv[1:] or SIZES:
+    for size in SIZES:
         for devices in (1, 2, 4, 8, 16, 32, 64):
             compiled, parameters = compile_train_step(size, devices)
             memory = compiled.memory_analysis()
@@ -74,6 +76,40 @@ def main():
             row = [size, f"{parameters / 1e6:.1f} M", devices, f"{state:.1f}"]
             row += [f"{state * devices:.0f}", f"{temporary:.0f}"]
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def compare_tokens(folder):
+    config, params = sharded.load_model(folder)
+    tokenizer = sharded.load_tokenizer(folder)
+    rows = sharded.read_jsonl("data/reviews/prompts_train.jsonl", {"prompt"})[:32]
+    ids = [tokenizer.encode_ordinary(row["prompt"]) for row in rows]
+    prompts = sharded.pad_rows(ids, 16, left=True)
+    one_device = None
+    for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)):
+        devices = np.array(jax.devices()[: np.prod(sizes)])
+        mesh = Mesh(devices.reshape(sizes), ("data", "fsdp", "tensor"))
+        split = sharded.shardings(params, mesh)
+        sample, _ = sharded.jit_on_mesh(mesh, sharded.TrainState(split, None, None))
+        weights = jax.tree.map(sharded.put, params, split)
+        by_rows = NamedSharding(mesh, sharded.BATCH)
+        tokens, mask = (sharded.put(x, by_rows) for x in prompts)
+        found = []
+        for seed in range(20):
+            key, sampling = jax.random.key(seed), (48, 1.0, tokenizer.eot_token, 0, 8)
+            sampled = sample(weights, weights, config, tokens, mask, key, sampling, mesh)
+            found.append([np.asarray(x) for x in sampled])
+        found = [np.concatenate(x) for x in zip(*found)]  # tokens, mask, logprobs twice
+        one_device = one_device or found
+        same = (found[0] == one_device[0]).all(axis=1)
+        error = np.abs(found[2] - one_device[2])[same].max()
+        print(f"{sizes}: {np.sum(~same)} of {len(same)} differ; log-probabilities by {error:.1e}")
+
+
+def main():
+    if sys.argv[1:2] == ["tokens"] and len(sys.argv) == 3:
+        compare_tokens(sys.argv[2])
+    else:
+        memory_table()
 
 
 if __name__ == "__main__":

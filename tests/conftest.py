@@ -19,6 +19,9 @@ def pytest_configure(config):
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    # Eight simulated devices, for sharded.py; the other scripts use the first.
+    flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+    os.environ["XLA_FLAGS"] = flags.strip()  # what is set already stands last, and wins
     if getattr(config, "cache", None):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from test_runs import (
+    ALL,
     DATA,
     ROOT,
-    SCRIPTS,
     first_rows,
     make_inputs,
     metrics_of,
@@ -29,18 +29,20 @@ import iterative_dpo
 import ppo
 import reward
 import sft
+import sharded
 
-names = [script.__name__ for script in SCRIPTS]
+names = [script.__name__ for script in ALL]
 HELP = ["gpt2", *names, "evaluate"]
 
 
 def each_of(*scripts):
     """The test is run with each of these as `script`."""
+    scripts = [script for script in scripts if script in ALL]
     return pytest.mark.parametrize("script", scripts, ids=[x.__name__ for x in scripts])
 
 
-each_script = each_of(*SCRIPTS)
-SAMPLERS = (ppo, grpo, iterative_dpo)  # those that have their own samples scored
+each_script = each_of(*ALL)
+SAMPLERS = (ppo, grpo, iterative_dpo, sharded)  # those that have their own samples scored
 REWARDS = """
 def short(completions, **_):
     return [1.0]
@@ -186,7 +188,7 @@ def test_too_few_rows_for_a_batch(script, refused, tmp_path):
     assert "3 rows" in message and flag in message
 
 
-@each_of(ppo, grpo)
+@each_of(ppo, grpo, sharded)
 def test_prompts_that_are_too_long(script, refused, inputs, tmp_path, capsys):
     """They are dropped and counted; the run stops where none is left."""
     message = refused(script, max_prompt_length=2)
@@ -287,7 +289,7 @@ def test_a_reward_model_without_a_score(script, refused, inputs):
     assert "is not a reward model" in message and str(inputs / "lm") in message
 
 
-@each_of(sft, ppo, dpo, grpo, iterative_dpo)
+@each_of(sft, ppo, dpo, grpo, iterative_dpo, sharded)
 def test_a_reward_model_as_the_language_model(script, refused, inputs):
     """Its trunk has no language-model head, and what is saved would be a classifier again."""
     message = refused(script, model=str(inputs / "scorer"))
@@ -317,12 +319,12 @@ def test_batch_sizes_that_do_not_divide(script, refused):
     assert "--micro-batch-size 3" in message and "--batch-size" in message
 
 
-@each_of(ppo, grpo)
+@each_of(ppo, grpo, sharded)
 def test_minibatches_that_do_not_divide(script, refused):
     assert "--num-minibatches 3" in refused(script, num_minibatches=3)
 
 
-@each_of(ppo, grpo)
+@each_of(ppo, grpo, sharded)
 def test_micro_batches_that_do_not_divide_a_minibatch(script, refused):
     message = refused(script, num_minibatches=4)  # minibatches of 2, micro-batches of 4
     assert "--micro-batch-size 4" in message
@@ -333,7 +335,7 @@ def test_a_temperature_of_0_samples_nothing(script, refused):
     assert "--temperature must be above 0" in refused(script, temperature=0.0)
 
 
-@each_of(grpo, iterative_dpo)
+@each_of(grpo, iterative_dpo, sharded)
 def test_a_group_of_one_has_nothing_to_compare_with(script, refused):
     assert "--num-generations must be" in refused(script, num_generations=1)
 
@@ -347,8 +349,8 @@ def test_groups_that_do_not_divide_a_batch(refused):
 def test_sizes_and_intervals_of_0(script, refused):
     flags = {field.name: field.default for field in dataclasses.fields(script.Args)}
     flags = [name for name, default in flags.items() if type(default) is int]
-    flags = set(flags) - {"seed", "warmup_steps"} | (
-        {"ref_sync_steps"} if script is grpo else set()
+    flags = set(flags) - {"seed", "warmup_steps", "data", "fsdp", "tensor"} | (
+        {"ref_sync_steps"} if script in (grpo, sharded) else set()
     )
     assert {"batch_size", "micro_batch_size", "log_every", "eval_every", "save_every"} <= flags
     for name in flags:
@@ -402,13 +404,13 @@ def test_reward_functions_that_fail(function, refused, rewards):
 
 
 @pytest.mark.parametrize("function", ["broken", "short", "nan"])
-@each_of(grpo, iterative_dpo)
+@each_of(grpo, iterative_dpo, sharded)
 def test_reward_functions_that_fail_elsewhere(script, function, refused, rewards):
     message = refused(script, reward=(f"{rewards}:{function}",), reward_model=None)
     assert all(word in message for word in FAILING[function])
 
 
-@each_of(dpo, grpo, iterative_dpo)
+@each_of(dpo, grpo, iterative_dpo, sharded)
 def test_a_gold_reward_that_fails(script, refused, rewards):
     message = refused(script, gold=f"{rewards}:nan")
     assert all(word in message for word in FAILING["nan"])
@@ -457,16 +459,33 @@ def test_rewards_are_weighted_and_none_counts_nothing(script, inputs, rewards, t
 # ------------------------------------------------------------------------------ the run itself
 
 
+def poison(script, monkeypatch, name, *calls):
+    """In these calls of the script's train_step, or in all, the metric `name` is NaN."""
+    numbers, jit_on_mesh = itertools.count(1), sharded.jit_on_mesh
+
+    def poisoned(train_step):
+        def call(state, *rest):
+            state, metrics = train_step(state, *rest)
+            bad = not calls or next(numbers) in calls
+            return state, metrics | ({name: jnp.float32("nan")} if bad else {})
+
+        return call
+
+    if script is sharded:  # the last of those that are compiled for the mesh
+
+        def jitted(mesh, states):
+            sample, train_step = jit_on_mesh(mesh, states)
+            return sample, poisoned(train_step)
+
+        monkeypatch.setattr(script, "jit_on_mesh", jitted)
+    else:
+        monkeypatch.setattr(script, "train_step", poisoned(script.train_step))
+
+
 @each_script
 def test_a_loss_that_is_not_finite_stops_the_run(script, refused, tmp_path, monkeypatch):
-    train_step, calls = script.train_step, itertools.count(1)
-    name = "loss/policy_avg" if script in (ppo, grpo) else "loss"
-
-    def poisoned(state, *rest):
-        state, metrics = train_step(state, *rest)
-        return state, metrics | ({name: jnp.float32("nan")} if next(calls) == 3 else {})
-
-    monkeypatch.setattr(script, "train_step", poisoned)
+    name = "loss/policy_avg" if script in (ppo, grpo, sharded) else "loss"
+    poison(script, monkeypatch, name, 3)
     message = refused(script)
     assert f"{name} is not finite at step 3" in message and "--learning-rate" in message
     rows = metrics_of(tmp_path / "run")
@@ -489,16 +508,10 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(refused, tmp_path):
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
-@each_of(ppo, dpo, grpo, iterative_dpo)
+@each_of(ppo, dpo, grpo, iterative_dpo, sharded)
 def test_a_step_that_is_saved_is_logged_before(script, refused, tmp_path, monkeypatch):
     """Whatever --log-every is, a checkpoint of a loss that is not finite is never written."""
-    train_step = script.train_step
-
-    def poisoned(state, *rest):
-        state, metrics = train_step(state, *rest)
-        return state, metrics | {"loss": jnp.float32("nan")}
-
-    monkeypatch.setattr(script, "train_step", poisoned)
+    poison(script, monkeypatch, "loss")
     message = refused(script, log_every=100, eval_every=100)
     assert "loss is not finite at step 3" in message
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()

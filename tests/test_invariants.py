@@ -736,19 +736,18 @@ def test_a_group_is_of_one_prompt(inputs, tmp_path, monkeypatch):
 def test_where_the_reference_stands(share, inputs, tmp_path, monkeypatch):
     """It moves at every second step towards the policy there; without --ref-sync-steps never."""
     saved, used = [], []
-    save, policy_logprobs = grpo.RunFolder.save, grpo.policy_logprobs
+    save, sample = grpo.RunFolder.save, grpo.sample
 
     def watched_save(run, step, state):
         saved.append(jax.tree.map(np.array, (state.params, state.ref_params)))
         save(run, step, state)
 
-    def watched_logprobs(params, *rest):
-        if not isinstance(jax.tree.leaves(params)[0], jax.core.Tracer):  # in a rollout
-            used.append(jax.tree.map(np.array, params))
-        return policy_logprobs(params, *rest)
+    def watched_sample(params, ref_params, *rest):
+        used.append(jax.tree.map(np.array, ref_params))
+        return sample(params, ref_params, *rest)
 
     monkeypatch.setattr(grpo.RunFolder, "save", watched_save)
-    monkeypatch.setattr(grpo, "policy_logprobs", watched_logprobs)
+    monkeypatch.setattr(grpo, "sample", watched_sample)
     changes = {"save_every": 1, "eval_every": 100}
     changes |= {} if share is None else {"ref_sync_steps": 2, "ref_mixup_alpha": share}
     grpo.main(small_args(grpo, inputs, tmp_path / "run", **changes))
