@@ -1,9 +1,10 @@
 """GRPO on many devices: grpo.py on a mesh, by data, fully sharded and tensor parallelism.
 
-The devices of all processes form a Mesh, a grid with three named axes. A Spec (PartitionSpec) names
-for each axis of an array the mesh axis that splits it: Spec("fsdp", "tensor") cuts a matrix into
-bands of rows, and these into blocks. jit is told how arguments and results are split; it compiles
-what is written as for one device into one program for all, and puts in the communication.
+The devices of all processes form a Mesh, a grid with three named axes. A Spec (PartitionSpec; with
+its mesh a NamedSharding) names for each axis of an array the mesh axis that splits it: under
+Spec("fsdp", "tensor") a matrix is cut into bands of rows, and these into blocks. jit is told how
+arguments and results are split; it compiles what is written as for one device into one program for
+all, puts in the communication, and lets a result take the place of an argument that is donated.
 
     data    splits the rows of a batch; an all-reduce sums their gradients
     fsdp    splits the rows, too, and, between passes, weights and moments: this memory falls as
@@ -1291,6 +1292,7 @@ def main(args):
     state, start = run.start(new_state(ref_params), args.steps)
     sample, train_step = jit_on_mesh(mesh, state_shardings)  # from here on: these
 
+    # Every process runs all that follows: where one left out a jitted call, the others would hang.
     def rollout(prompts, num_samples, stream, step):
         """(what make_experience takes, metrics, samples) of the present policy."""
         rows, ids = zip(*prompts)
