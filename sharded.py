@@ -518,7 +518,7 @@ def join_processes(coordinator, num_processes, process_id, patience=60):
     jax.distributed.initialize would abort, past all catching.
     """
     host, _, port = coordinator.rpartition(":")
-    if coordinator != "auto" and not (host and port.isdigit()):
+    if coordinator != "auto" and not (host and port.isdecimal() and int(port) < 2**16):
         fail(f"--coordinator {coordinator} is neither host:port nor auto")
     deadline = time.monotonic() + patience
     while host:  # process 0 is the coordinator

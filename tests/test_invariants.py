@@ -565,13 +565,13 @@ def test_a_completion_that_does_not_end_pays_for_it(inputs, talkative, tmp_path)
     ids=["ppo", "grpo", "iterative_dpo"],
 )
 def test_no_two_rollouts_share_a_key(script, count, inputs, tmp_path, monkeypatch):
-    keys, generate = [], script.generate
+    keys, sample = [], script.sample
 
-    def watched(params, config, tokens, mask, key, *rest):
+    def watched(params, ref_params, config, tokens, mask, key, sampling):
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
-        return generate(params, config, tokens, mask, key, *rest)
+        return sample(params, ref_params, config, tokens, mask, key, sampling)
 
-    monkeypatch.setattr(script, "generate", watched)
+    monkeypatch.setattr(script, "sample", watched)
     script.main(small_args(script, inputs, tmp_path / "run"))
     assert len(keys) == len(set(keys)) == count + 4
 
@@ -808,14 +808,14 @@ def test_a_pair_is_of_one_prompt(inputs, talkative, tmp_path, monkeypatch):
         "    return [len(p) + sum(map(ord, c)) / 1e4 for p, c in zip(prompts, completions)]\n"
     )
     sampled, labelled, learned, references = [], [], [], []
-    generate, make_pairs = iterative_dpo.generate, iterative_dpo.make_pairs
+    sample, make_pairs = iterative_dpo.sample, iterative_dpo.make_pairs
     dataset_logprobs = iterative_dpo.dataset_logprobs
 
-    def watched_generate(*rest):
-        tokens, mask, logprobs = generate(*rest)
+    def watched_sample(*rest):
+        tokens, mask, *logprobs = sample(*rest)
         if len(tokens) == 48:  # of a round, not of the held-out prompts
             sampled.append((np.asarray(tokens), np.asarray(mask)))
-        return tokens, mask, logprobs
+        return tokens, mask, *logprobs
 
     def watched_pairs(scores, *rest):
         labelled.append(scores)
@@ -826,7 +826,7 @@ def test_a_pair_is_of_one_prompt(inputs, talkative, tmp_path, monkeypatch):
         references.append(jax.tree.map(np.array, params))
         return dataset_logprobs(params, config, rows, *rest)
 
-    monkeypatch.setattr(iterative_dpo, "generate", watched_generate)
+    monkeypatch.setattr(iterative_dpo, "sample", watched_sample)
     monkeypatch.setattr(iterative_dpo, "make_pairs", watched_pairs)
     monkeypatch.setattr(iterative_dpo, "dataset_logprobs", watched_logprobs)
     changes = {"reward": (f"{path}:f",), "reward_model": None, "missing_eos_penalty": 0.0}
@@ -859,23 +859,23 @@ def test_a_pair_is_of_one_prompt(inputs, talkative, tmp_path, monkeypatch):
 def test_the_previous_policy_as_reference(inputs, tmp_path, monkeypatch):
     """The one that sampled the round's pairs: the start in the first, then the last round's."""
     saved, used, sampled_by = [], [], []
-    save, generate = iterative_dpo.RunFolder.save, iterative_dpo.generate
+    save, sample = iterative_dpo.RunFolder.save, iterative_dpo.sample
     dataset_logprobs = iterative_dpo.dataset_logprobs
 
     def watched_save(run, step, state):
         saved.append(jax.tree.map(np.array, state.params))
         save(run, step, state)
 
-    def watched_generate(params, *rest):
+    def watched_sample(params, *rest):
         sampled_by.append(jax.tree.map(np.array, params))
-        return generate(params, *rest)
+        return sample(params, *rest)
 
     def watched_logprobs(params, *rest):
         used.append(jax.tree.map(np.array, params))
         return dataset_logprobs(params, *rest)
 
     monkeypatch.setattr(iterative_dpo.RunFolder, "save", watched_save)
-    monkeypatch.setattr(iterative_dpo, "generate", watched_generate)
+    monkeypatch.setattr(iterative_dpo, "sample", watched_sample)
     monkeypatch.setattr(iterative_dpo, "dataset_logprobs", watched_logprobs)
     changes = {"eval_every": 100, "reference": "previous"}
     iterative_dpo.main(small_args(iterative_dpo, inputs, tmp_path / "run", **changes))

@@ -424,14 +424,14 @@ def test_ctrl_c_while_a_round_is_sampled(runs, inputs, tmp_path, capsys):
     """The first round of iterative_dpo.py is kept, the second is done again."""
     args = small_args(iterative_dpo, inputs, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        rollout, calls = iterative_dpo.generate, itertools.count(1)
+        sample, calls = iterative_dpo.sample, itertools.count(1)
 
         def interrupted(*rest):
             if next(calls) == 4:  # after those of step 0, of the first round and of step 2
                 signal.raise_signal(signal.SIGINT)
-            return rollout(*rest)
+            return sample(*rest)
 
-        patch.setattr(iterative_dpo, "generate", interrupted)
+        patch.setattr(iterative_dpo, "sample", interrupted)
         iterative_dpo.main(args)
     assert stop.value.code == 130 and "step 3," in capsys.readouterr().out
     assert metrics_of(tmp_path / "run")[-1]["step"] == 3
