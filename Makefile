@@ -1,9 +1,5 @@
-# make          environment, then sft.py, reward.py, ppo.py on the embedded data, and a table
-# make all      the same and dpo.py, grpo.py, iterative_dpo.py, and the table of them all
-# make test     environment, then lint and tests
-# make clean    removes runs/ and the environments
-#
-# Each stage is run with --resume: a stopped `make` goes on, a finished stage is not repeated.
+# `make help` lists the targets. Each stage of training is run with --resume: a stopped `make` goes
+# on where it was, and a finished stage is not repeated.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,10 +12,13 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-all-three: three-stages
+# Two test files side by side; the functions of one file stay together.
+PYTEST = $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+all-three: three-stages  ## environment, sft.py, reward.py, ppo.py, and a table
 	$(RUN) evaluate.py --no-frontier
 
-all: three-stages
+all: three-stages  ## the same, then dpo.py, grpo.py, iterative_dpo.py, and the table of them all
 	$(RUN) dpo.py --resume
 	$(RUN) grpo.py --resume
 	$(RUN) iterative_dpo.py --resume
@@ -30,22 +29,81 @@ three-stages: $(VENV)/ready
 	$(RUN) reward.py --resume
 	$(RUN) ppo.py --resume
 
+env: $(VENV)/ready  ## the environment alone, in .venv
+
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
+	@echo "environment ready; for python ... lines in this shell: source $(VENV)/bin/activate"
 
-test: $(VENV)/ready $(VENV)/ready-dev
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(RUN) tests/sync_blocks.py
-	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-
-$(VENV)/ready-dev: requirements-dev.txt
+$(VENV)/ready-dev: requirements-dev.txt requirements.txt | $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
 	touch $@
 
-clean:
-	rm -rf runs $(VENV) .jax_cache
+# A model of one block, a few rows and a few steps: it shows that every script runs, not that it
+# learns. All of it is written to runs/smoke. Most of the time is compilation: less optimised code is
+# compiled sooner.
+TRY = env JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN)
+SMOKE = runs/smoke
+PROMPTS = --eval-dataset $(SMOKE)/prompts.jsonl
+FEW = --batch-size 16 --micro-batch-size 8
+FROM = --model $(SMOKE)/sft/model
+ROLLOUTS = $(FROM) --reward-model $(SMOKE)/reward/model $(PROMPTS) $(FEW)
+TWICE = --epochs 2 --batch-size 32 --micro-batch-size 16
+SCRATCH = --n-layer 1 --n-head 4 --n-embd 32 $(TWICE) \
+	--dataset $(SMOKE)/sft.jsonl --eval-dataset $(SMOKE)/sft.jsonl
+PAIRS = $(FROM) $(TWICE) --dataset $(SMOKE)/pairs.jsonl --eval-dataset $(SMOKE)/pairs.jsonl
+GOLD = --gold data/reviews.py:sentiment
 
-.PHONY: all-three all three-stages test clean
+smoke: $(VENV)/ready  ## every script once, on a tiny model, in runs/smoke (under two minutes)
+	mkdir -p $(SMOKE)
+	head -n 32 data/reviews/sft_train.jsonl > $(SMOKE)/sft.jsonl
+	head -n 32 data/reviews/preferences_train.jsonl > $(SMOKE)/pairs.jsonl
+	head -n 16 data/reviews/prompts_test.jsonl > $(SMOKE)/prompts.jsonl
+	$(TRY) sft.py $(SCRATCH) --run-dir $(SMOKE)/sft --overwrite
+	$(TRY) reward.py $(PAIRS) --num-generations 2 --run-dir $(SMOKE)/reward --overwrite
+	$(TRY) ppo.py $(ROLLOUTS) --steps 2 --run-dir $(SMOKE)/ppo --overwrite
+	$(TRY) dpo.py $(PAIRS) $(GOLD) --run-dir $(SMOKE)/dpo --overwrite
+	$(TRY) grpo.py $(ROLLOUTS) --steps 2 --run-dir $(SMOKE)/grpo --overwrite
+	$(TRY) iterative_dpo.py $(ROLLOUTS) --rounds 2 --prompts-per-round 16 \
+	  --run-dir $(SMOKE)/iterative_dpo --overwrite
+	@# Four simulated devices. Without the cache: jax 0.5.0 must not read such programs from it.
+	env -u JAX_COMPILATION_CACHE_DIR JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 \
+	  $(TRY) sharded.py --fsdp 2 --tensor 2 --steps 1 $(ROLLOUTS) \
+	  --run-dir $(SMOKE)/sharded --overwrite
+	$(TRY) mixed_precision.py $(SCRATCH) --run-dir $(SMOKE)/mixed_precision --overwrite
+	$(TRY) gpt2.py --model $(SMOKE)/ppo/model --prompt "The Quiet Harbor (western). Sadly,"
+	$(TRY) evaluate.py --no-frontier --num-prompts 16 --batch-size 32 --examples 1 \
+	  --ref $(SMOKE)/sft/model --reward-model $(SMOKE)/reward/model \
+	  --models $(foreach x,ppo dpo grpo iterative_dpo sharded,$(SMOKE)/$(x)/model)
+	@echo "smoke: every script ran"
+
+check: $(VENV)/ready-dev  ## format, lint, and that shared functions are equal copies
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(RUN) tests/sync_blocks.py
+
+test: check  ## check, and the tests that are quick
+	$(PYTEST) -m "not slow"
+
+test-all: check  ## check, and all tests
+	$(PYTEST)
+
+tensorboard: $(VENV)/ready  ## TensorBoard on runs/; it is installed first where it is absent
+	test -x $(VENV)/bin/tensorboard || \
+	  $(VENV)/bin/pip install --quiet --disable-pip-version-check tensorboard
+	$(VENV)/bin/tensorboard --logdir runs
+
+clean:  ## removes caches; runs/, with its trained models, and the environments stay
+	rm -rf .jax_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
+
+distclean: clean  ## removes runs/ and the environments, too
+	rm -rf runs $(VENV) .venv-metal
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {sub("all-three", "", $$1); \
+	  printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: all-three all three-stages env smoke check test test-all tensorboard clean distclean help

@@ -184,15 +184,14 @@ def full_vocabulary_kl(policy_logits, ref_logits, mask):
     return jnp.sum(kl * mask, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 5, 6))
+@functools.partial(jax.jit, static_argnames=("configs", "prompt_length", "temperature"))
 def sequence_kl(params, ref_params, configs, tokens, mask, prompt_length, temperature):
     """full_vocabulary_kl of sampled sequences: tokens, mask [B, P + R] -> [B]."""
-    logits, ref_logits = (  # [B, R, V] each; those for response token t stand at P - 1 + t
-        ppo.GPT2(c).apply({"params": p}, tokens, mask, logits_from=prompt_length - 1)[:, :-1]
+    logits, ref_logits = (  # [B, R, V] each
+        ppo.response_logits(p, c, tokens, mask, prompt_length, temperature)
         for p, c in zip((params, ref_params), configs)
     )
-    response_mask = mask[:, prompt_length:]
-    return full_vocabulary_kl(logits / temperature, ref_logits / temperature, response_mask)
+    return full_vocabulary_kl(logits, ref_logits, mask[:, prompt_length:])
 
 
 def in_batches(rows, batch_size):
@@ -276,7 +275,7 @@ def describe_reward_model(score, gold, preferences, prompts, seed):
     """
     figures, rows = {}, []
     if preferences.exists():
-        rows = ppo.read_jsonl(preferences, {"prompt", "chosen", "rejected"})
+        rows = ppo.read_jsonl(preferences, ["prompt", "chosen", "rejected"])
     if rows and all("probability" in row for row in rows):
         questions = [row["prompt"] for row in rows]
         chosen, rejected = (score(questions, [r[k] for r in rows]) for k in ("chosen", "rejected"))
@@ -395,8 +394,7 @@ def main(args):
         fail("--plot draws the frontier, too: leave --no-frontier out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install matplotlib")
-    embedded = "data/reviews.py:sentiment" if args.dataset.startswith("data/reviews/") else None
-    gold = ppo.load_function(args.gold or embedded) if args.gold or embedded else None
+    gold = ppo.load_gold(args.gold, args.dataset)
     if not gold and not args.reward_model:
         fail("nothing to measure: give --reward-model or --gold")
     tokenizer = ppo.load_tokenizer(args.ref)
@@ -406,9 +404,9 @@ def main(args):
     def load(folder):
         """A model that reads the reference's tokens."""
         config, params = ppo.load_model(folder)
-        if ppo.load_tokenizer(folder).token_byte_values() != tokenizer.token_byte_values():
+        if ppo.token_ids(ppo.load_tokenizer(folder)) != ppo.token_ids(tokenizer):
             fail(f"{folder} and {args.ref} have different tokenizers")
-        ppo.check_sizes(config, tokenizer, width)
+        ppo.check_sizes(config, tokenizer, args)
         return config, params
 
     ref_config, ref_params = load(args.ref)
@@ -416,16 +414,17 @@ def main(args):
     if args.reward_model and "score" not in reward_params:
         fail(f"{args.reward_model} is not a reward model: it has no score.weight")
     eos_id = tokenizer.eot_token if ref_config.eos_token_id is None else ref_config.eos_token_id
-    rows = ppo.read_jsonl(args.dataset, {"prompt"})
-    rows = ppo.encode_prompts(rows, tokenizer, eos_id, prompt_length)  # [(row, token ids)]
+    rows = ppo.read_jsonl(args.dataset, ["prompt"])
+    rows = ppo.encode_rows(rows, [], tokenizer, eos_id, args)  # [(row, [token ids])]
     prompts = [row["prompt"] for row, _ in rows]
 
     def measure(config, params, num_prompts, num_samples, stream):
         """Samples of a policy to the first prompts."""
-        asked, ids = zip(*(pair for pair in rows[:num_prompts] for _ in range(num_samples)))
+        pairs = [pair for pair in rows[:num_prompts] for _ in range(num_samples)]
+        asked, ids = [row for row, _ in pairs], [prompt for _, (prompt,) in pairs]
         sampling = (args.max_completion_length, args.temperature, eos_id)
         texts, columns = [], []
-        for i, batch in enumerate(in_batches(list(ids), args.batch_size)):
+        for i, batch in enumerate(in_batches(ids, args.batch_size)):
             padded, key = ppo.pad_rows(batch, prompt_length, left=True), (args.seed, stream, i)
             tokens, mask, _ = ppo.generate(params, config, *padded, ppo.stream_key(*key), *sampling)
             kl = reward = np.zeros(len(batch))
@@ -434,7 +433,7 @@ def main(args):
                 kl = sequence_kl(*both, tokens, mask, prompt_length, args.temperature)
             ended = (tokens[:, prompt_length:] == eos_id).any(axis=1)
             if args.reward_model:
-                reward = ppo.score_sequences(reward_params, reward_config, tokens, mask)
+                reward = ppo.learned_rewards(reward_params, reward_config, tokens, mask)
                 reward -= args.missing_eos_penalty * ~ended
             columns.append([kl, reward, mask[:, prompt_length:].sum(axis=1), ended])
             texts += ppo.decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
@@ -475,7 +474,7 @@ def main(args):
             ids = [[*(encode(q) or [eos_id]), *encode(t), eos_id] for q, t in zip(questions, texts)]
             longest = max(width, *map(len, ids))
             batches = (ppo.pad_rows(x, longest) for x in in_batches(ids, args.batch_size))
-            found = [ppo.score_sequences(reward_params, reward_config, *x) for x in batches]
+            found = [ppo.learned_rewards(reward_params, reward_config, *x) for x in batches]
             return np.concatenate(found)[: len(ids)]
 
         found = {"reward model": args.reward_model}
@@ -522,8 +521,7 @@ def main(args):
 
     print_examples(names, prompts[: args.examples], drawn)
     if args.output:
-        text = json.dumps(report, indent=2)
-        ppo.write_file(Path(args.output), lambda path: path.write_text(text))
+        ppo.write_file(Path(args.output), json.dumps(report, indent=2).encode())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""GPT-2 alone: load a model, continue a prompt, measure the perplexity of a text.
+"""GPT-2 alone: load a model, continue a prompt, measure a text's perplexity.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Radford et al. 2019, "Language models are unsupervised multitask learners".
 
-    python gpt2.py --model gpt2 --prompt "The capital of France is" --num-samples 3
-    python gpt2.py --model runs/sft/model --prompt "The Quiet Harbor (western). Sadly,"
+    python gpt2.py --model gpt2 --prompt "The capital of France is"
+    python gpt2.py --model runs/sft/model --prompt "The Quiet Harbor (western)."
     python gpt2.py --model runs/sft/model --text README.md
 
-A model is a folder in Hugging Face's GPT-2 layout (config.json, model.safetensors and the
-tokenizer's files) or a name on the hub; `lvwerra/gpt2-imdb`, `distilgpt2` and `gpt2-xl` load too.
-The other scripts carry the same tokenizer, model, loader and sampler; the next to read is sft.py.
+A model is a folder in Hugging Face's GPT-2 layout (config.json,
+model.safetensors and the tokenizer's files) or a name on the hub, such as
+gpt2-xl, distilgpt2 or lvwerra/gpt2-imdb.
+
+This is the place to read model, sampling, model folder and tokenizer once: all
+that stands below the line is the same text in the other scripts. The next to
+read is sft.py.
 """
 
 import sys
@@ -40,9 +44,7 @@ if __name__ == "__main__":
 import dataclasses
 import functools
 import json
-import os
-import re
-import shutil
+import math
 from pathlib import Path
 
 import flax.linen as nn
@@ -50,87 +52,369 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.flax
 import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from safetensors.flax import load_file, save_file
 
-# ------------------------------------------------------------------------------ tokenizer and data
+# -------------------------------------------------------------------------------------------- main
 
 
-def fail(message):
-    """Bad input ends a script with one line and exit status 2, as a wrong flag does."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def keep_top(logits, k, p):
+    """[N, V] with -inf for all but the k likeliest tokens and the fewest that hold mass p."""
+    if 0 < k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, k)[0].min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    if p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)  # [N, V]
+        threshold = jnp.where(before < p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def perplexity(params, config, ids, batch_size):
+    """Mean loss in nats of a text's tokens, read in windows as long as the model's context.
+
+    Each window begins with EOS, so that its first token has something to be predicted from.
+    """
+    size = config.n_positions - 1
+    windows = [[config.eos_token_id, *ids[i : i + size]] for i in range(0, len(ids), size)]
+    windows += [[]] * (-len(windows) % batch_size)  # one shape, one compilation
+
+    @jax.jit
+    def total_loss(tokens, mask):
+        logits = GPT2(config).apply({"params": params}, tokens, mask)[:, :-1]
+        return -jnp.sum(token_logprobs(logits, tokens[:, 1:]) * mask[:, 1:])
+
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    return sum(float(total_loss(*pad_rows(b, len(windows[0])))) for b in batches) / len(ids)
+
+
+def main(args):
+    check(args.prompt or args.text, 'nothing to do: pass --prompt "…" or --text FILE')
+    check(args.dtype != "bfloat16" or jax.default_backend() != "METAL", "Metal has no bfloat16")
+    config, params = load_model(args.model)
+    check("score" not in params, f"{args.model} is a reward model, not a language model")
+    tokenizer = load_tokenizer(args.model)
+    eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
+    config = dataclasses.replace(config, eos_token_id=eos_id, dtype=args.dtype)
+    ids, rows = tokenizer.max_token_value + 1, config.vocab_size
+    check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
+    if args.text:
+        path = Path(args.text)
+        check(path.is_file() and path.stat().st_size, f"no text in {path}: --text takes a file")
+        ids = tokenizer.encode_ordinary(path.read_text("utf-8"))
+        loss = perplexity(params, config, ids, args.batch_size)
+        print(f"{args.text}: {len(ids)} tokens, {loss:.4f} nats, perplexity {np.exp(loss):.2f}")
+    if args.prompt:
+        # An empty prompt is one EOS: what stands before a text's first token in training.
+        ids = [tokenizer.encode_ordinary(text) or [config.eos_token_id] for text in args.prompt]
+        tokens, mask = pad_rows(ids, max(map(len, ids)), left=True)
+        prompt_length = tokens.shape[1]
+        length = prompt_length + args.max_completion_length
+        longer = f"prompt and --max-completion-length are {length} tokens"
+        check(length <= config.n_positions, f"{longer}, the model has {config.n_positions}")
+        tokens, mask, _ = generate(
+            params,
+            config,
+            tokens,
+            mask,
+            jax.random.key(args.seed),
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            eos_id=config.eos_token_id,
+            num_samples=args.num_samples,
+            filter_logits=functools.partial(keep_top, k=args.top_k, p=args.top_p),
+        )
+        texts = decode_responses(tokenizer, tokens, mask, prompt_length, config.eos_token_id)
+        for i, text in enumerate(texts):
+            print(f"{args.prompt[i // args.num_samples]}|{text}\n")
+
+
+# ==================================================================================================
+# The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Hugging Face's names, as in config.json; frozen, so that jit can take it as static."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"  # of the computation; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass instead of keeping it
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its language-model head, which is wte itself unless the config unties it."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+        # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
+        x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
+        if not self.config.tie_word_embeddings:
+            head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
+        table = head.embedding.astype(x.dtype)  # [V, D]
+        x = x[:, logits_from:]  # the head is the largest product of all: only where it is read
+        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        return logits if cache is None else (logits, new_cache)
+
+
+def token_logprobs(logits, tokens):
+    """log_softmax(logits) at `tokens`: [..., V], [...] -> [...], in float32 at least."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # A logit minus a logsumexp: no [..., V] log-softmax is kept for the backward pass.
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+
+
+def trunk(config, tokens, mask, cache=None, column=0):
+    """(hidden states [B, T, D], new cache, wte), with parameters in the caller's own tree."""
+    # Left padding must not count: GPT-2's positions are absolute.
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [B, S]
+    positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)  # [B, T]
+    queries = column + jnp.arange(tokens.shape[1])
+    causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
+    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
+    init = nn.initializers.normal(config.initializer_range)
+    embed = functools.partial(nn.Embed, dtype=config.dtype, embedding_init=init)
+    wte = embed(config.vocab_size, config.n_embd, name="wte")
+    wpe = embed(config.n_positions, config.n_embd, name="wpe")
+    x = wte(tokens) + wpe(positions)  # [B, T, D]
+    x = x.reshape(-1, config.n_embd)  # a 3-D input makes weight gradients 3 times as slow on a CPU
+    block = nn.remat(Block) if config.remat else Block
+    cache = list(cache or [None] * config.n_layer)
+    for i in range(config.n_layer):
+        x, cache[i] = block(config, name=f"h.{i}")(x, visible, cache[i], column)
+    x = nn.LayerNorm(config.layer_norm_epsilon, config.dtype, name="ln_f")(x)
+    return x.reshape(*tokens.shape, config.n_embd), cache, wte
+
+
+class Block(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, visible, cache, column):
+        """x [B * T, D]; visible [B, T, S]; cache: None or (keys, values) [B, H, S, D/H] each."""
+        norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, self.config.dtype)
+        y, cache = Attention(self.config, name="attn")(norm(name="ln_1")(x), visible, cache, column)
+        x = x + y
+        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x)), cache
+
+
+class Attention(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, visible, cache, column):
+        (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
+        # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
+        qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, H, T, D/H] each
+        if cache is not None:  # [B, H, S, D/H] each, of which T columns are new
+            k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, column, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, column, 0))
+        attention = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+        attention = jnp.where(visible[:, None], attention * (D // H) ** -0.5, -1e9)
+        attention = jax.nn.softmax(attention).astype(v.dtype)  # [B, H, T, S]
+        y = jnp.einsum("bhts,bhsd->bthd", attention, v).reshape(x.shape)
+        return dense(self.config, D, "c_proj", residual=True)(y), (k, v)
+
+
+class MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = jax.nn.gelu(dense(self.config, 4 * x.shape[-1], "c_fc")(x))  # [B * T, 4D]
+        return dense(self.config, x.shape[-1], "c_proj", residual=True)(hidden)
+
+
+def dense(config, features, name, residual=False):
+    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
+    init = nn.initializers.normal(config.initializer_range * scale)
+    return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "config",
+        "max_new_tokens",
+        "temperature",
+        "eos_id",
+        "num_samples",
+        "filter_logits",
+    ),
+)
+def generate(
+    params,
+    config,
+    tokens,
+    mask,
+    key,
+    max_new_tokens,
+    temperature,
+    eos_id,
+    num_samples=1,
+    filter_logits=None,
+):
+    """Samples until every row has ended: (tokens, mask [N, P + R], logprobs [N, R]).
+
+    tokens, mask: prompts [B, P], padded on the left. N = B * num_samples, those of one prompt side
+    by side; R = max_new_tokens. logprobs are those of log_softmax(logits / temperature). After a
+    row's EOS all three are 0. At temperature 0 the likeliest token is taken, and logprobs are those
+    at 1. filter_logits ([N, V] -> [N, V], such as keep_top) takes tokens away after logprobs are
+    known.
+    """
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
+    assert config.n_positions >= P + R, (P, R, config.n_positions)
+    model = functools.partial(GPT2(config).apply, {"params": params})
+    cache_shape = (B, config.n_head, P + R, config.n_embd // config.n_head)
+    cache = [(jnp.zeros(cache_shape, config.dtype),) * 2 for _ in range(config.n_layer)]
+    mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
+    logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
+
+    def unfinished(carry):
+        return (carry[0] < R) & ~jnp.all(carry[1])
+
+    def one_token(carry):
+        step, ended, logprobs, tokens, mask, logits, cache = carry
+        logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
+        kept = filter_logits(logits) if filter_logits else logits
+        # By the inverse of the distribution function: one random number a row, not V.
+        cumulative = jnp.cumsum(jax.nn.softmax(kept), axis=-1)  # [N, V]
+        cumulative = jnp.where(kept > -jnp.inf, cumulative, 0.0)  # rounding must not revive
+        uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+        threshold = uniform * cumulative.max(axis=-1, keepdims=True)
+        token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
+        if temperature == 0:
+            token = jnp.argmax(kept, axis=-1)
+        token = jnp.where(ended, 0, token)
+        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
+        tokens = tokens.at[:, P + step].set(token)
+        mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
+        logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
+
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(unfinished, one_token, carry)
+    return tokens, mask, logprobs
+
+
+# ------------------------------------------------------------------------------------ model folder
+
+# What a model folder takes over from the one that it came from.
+KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
 
 
 def find_model(name):
     """The local folder of a model: `name` itself, else the hub's model of that name."""
     folder = Path(name)
-    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        files = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
-        try:
-            return Path(snapshot_download(str(name), allow_patterns=files))
-        except Exception as error:  # offline, no such model, not public: the hub's words say which
-            fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
-    if not folder.is_dir():
-        made_here = len(folder.parts) > 1 and folder.parts[0] == "runs"
-        run = f"run `python {folder.parts[1]}.py` first, or " if made_here else ""
-        fail(f"no model at {name}: {run}pass a folder or a hub name such as gpt2")
-    return folder
+    if folder.is_dir():
+        return folder
+    script = f"{folder.parent.name}.py"
+    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
+    except Exception as error:  # offline, no such model, not public: the hub's words say which
+        fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
+
+
+def hf_name_and_shape(path, shape):
+    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
+    if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
+        shape = (*shape[:-3], math.prod(shape[-3:]))
+    return name, shape[::-1] if "score" in path else shape
+
+
+def load_model(folder):
+    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
+    folder = find_model(folder)
+    saved = {"model_type": None} | read_json(folder / "config.json")
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True}
+    wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for name, value in wanted.items():
+        found = saved.get(name, value)
+        check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
+    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
+    config = GPT2Config(**{name: saved[name] for name in names & saved.keys()})
+
+    file = folder / "model.safetensors"
+    check(file.exists(), f"{folder} has no model.safetensors: save it anew with transformers 5")
+    tensors = safetensors.flax.load_file(file)
+    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    one = jnp.zeros((1, 1), jnp.int32)
+    likes = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
+    if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
+        likes.pop(("lm_head", "embedding"), None)
+        likes["score", "kernel"] = jnp.zeros((config.n_embd, 1))
+    params = {}
+    for path, like in likes.items():
+        name, shape = hf_name_and_shape(path, like.shape)
+        found = tensors[name].shape if name in tensors else "missing"
+        check(found == shape, f"{file}: {name} should have shape {shape}, but is {found}")
+        params[path] = tensors[name].astype(jnp.float32).reshape(like.shape)
+    return config, unflatten_dict(params)
+
+
+# ------------------------------------------------------------------------------ tokenizer and data
 
 
 def load_tokenizer(folder):
-    """The tiktoken.Encoding of a model folder, built from its own files.
-
-    What is neither a byte nor made by a merge is a special token; `encode_ordinary` reads the text
-    `<|endoftext|>` as plain text. Fails on what tiktoken cannot express: it takes the ids for the
-    merges' ranks, and needs all 256 bytes.
-    """
-    folder, added = find_model(folder), {}
+    """The tiktoken.Encoding of a model folder; fails on what tiktoken cannot express."""
+    folder = find_model(folder)
     if (folder / "tokenizer.json").exists():
-        file = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        model, split = file["model"], file.get("pre_tokenizer") or {}
-        plain_split = split.get("use_regex", True) and not split.get("add_prefix_space")
-        kind = (model.get("type"), split.get("type"), plain_split, file.get("normalizer"))
-        if kind != ("BPE", "ByteLevel", True, None):
-            fail(f"{folder}/tokenizer.json: only byte-level BPE, no normalizer, no prefix space")
+        saved = read_json(folder / "tokenizer.json")
+        model, split = saved["model"], saved.get("pre_tokenizer") or {}
+        byte_level = model.get("type", "BPE") == "BPE" and split.get("type") == "ByteLevel"
+        usual = split.get("use_regex", True) and not split.get("add_prefix_space")
+        usual = byte_level and usual and not saved.get("normalizer")
+        check(usual, f"{folder}: only byte-level BPE, no normalizer, no prefix space")
         vocabulary, merges = model["vocab"], model["merges"]
-        added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+        added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+    else:
+        vocabulary, added = read_json(folder / "vocab.json"), {}
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
         merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-    else:
-        fail(f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json with merges.txt")
     # The files write each byte as a printable character: itself, or one of those from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     plain = dict.fromkeys([*characters, *map("".join, pairs)])
-    if lacking := [token for token in plain if token not in vocabulary]:
-        fail(f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
+    # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
+    lacking = [token for token in plain if token not in vocabulary]
+    check(not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
     ids = [vocabulary[token] for token in plain]
-    if ids[256:] != sorted(ids[256:]):
-        fail(f"the token ids of {folder} do not follow the order of its merges")
+    check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
     ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
     special = {token: i for token, i in vocabulary.items() if token not in plain} | added
     # The pattern is GPT-2's: where to cut a text before the merges begin.
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding(
-        str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def check_sizes(config, tokenizer, length):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
-    if tokenizer.max_token_value >= config.vocab_size:
-        ids = f"ids up to {tokenizer.max_token_value}"
-        fail(f"the tokenizer has {ids}, the model only {config.vocab_size} tokens")
-    if length > config.n_positions:
-        lower = "lower --max-prompt-length or --max-completion-length"
-        fail(f"{length} tokens do not fit into the model's {config.n_positions} positions: {lower}")
+    return tiktoken.Encoding("BPE", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def pad_rows(rows, width, left=False):
@@ -151,383 +435,27 @@ def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
 
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------- run folder
 
 
-@dataclass(frozen=True)
-class GPT2Config:
-    """Hugging Face's names, as in config.json; frozen, so that jit can take it as static."""
+def fail(message):
+    """Bad input ends a script with one line and exit status 2, as a wrong flag does."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    reward_gain: float = 1.0  # a record: reward.py has folded gain and shift into the weights
-    reward_shift: float = 0.0
-    dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass instead of keeping it
 
+def check(condition, message):
+    """Fails with the message unless the condition holds."""
+    if not condition:
+        fail(message)
 
-def linear(config, x, features, name, scale=1.0):
-    """A dense layer [B, T, D] -> [B, T, *features] inside a compact module, as one 2-D product.
 
-    On a CPU the weight gradient of a 3-D input takes three times as long as that of a 2-D one.
-    """
-    init = nn.initializers.normal(config.initializer_range * scale)
-    dense = nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
-    y = dense(x.reshape(-1, x.shape[-1]))  # [B * T, *features]
-    return y.reshape(*x.shape[:-1], *y.shape[1:])
-
-
-class Attention(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x, visible, cache, column):
-        """x [B, T, D]; visible [B, T, S]; cache: None or (keys, values) [B, H, S, D/H] each."""
-        width, heads = x.shape[-1], self.config.n_head
-        # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
-        qkv = linear(self.config, x, (3, heads, width // heads), "c_attn")  # [B, T, 3, H, D/H]
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, D/H]
-        keys = "bshd"
-        if cache is not None:  # heads first: the small products of decoding then copy nothing
-            keys = "bhsd"
-            k = jax.lax.dynamic_update_slice(cache[0], k.swapaxes(1, 2), (0, 0, column, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.swapaxes(1, 2), (0, 0, column, 0))
-        weights = jnp.einsum(f"bthd,{keys}->bhts", q, k, preferred_element_type=jnp.float32)
-        weights = weights * (width // heads) ** -0.5  # [B, H, T, S]
-        weights = jax.nn.softmax(jnp.where(visible[:, None], weights, -1e9))
-        y = jnp.einsum(f"bhts,{keys}->bthd", weights.astype(v.dtype), v)  # [B, T, H, D/H]
-        residual_scale = (2 * self.config.n_layer) ** -0.5
-        return linear(self.config, y.reshape(x.shape), width, "c_proj", residual_scale), (k, v)
-
-
-class MLP(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        x = jax.nn.gelu(
-            linear(config, x, config.n_inner or 4 * config.n_embd, "c_fc")
-        )  # [B, T, 4D]
-        return linear(config, x, config.n_embd, "c_proj", (2 * config.n_layer) ** -0.5)
-
-
-class Block(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x, visible, cache, column):
-        norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, self.config.dtype)
-        y, cache = Attention(self.config, name="attn")(norm(name="ln_1")(x), visible, cache, column)
-        x = x + y
-        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x)), cache
-
-
-def embedding(config, size, name):
-    """A table of `size` vectors of the model's width, inside a compact module."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(size, config.n_embd, dtype=config.dtype, embedding_init=init, name=name)
-
-
-def trunk(config, tokens, mask, positions=None, cache=None, column=0):
-    """Embeddings, blocks and the last norm: (hidden states [B, T, D], new cache, wte).
-
-    Called inside a compact method: its submodules stand in the caller's flat tree, under Hugging
-    Face's names.
-    """
-    if positions is None:  # left padding must not count: GPT-2's positions are absolute
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [B, S]
-        positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)
-    queries = column + jnp.arange(tokens.shape[1])
-    causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
-    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
-
-    wte = embedding(config, config.vocab_size, "wte")
-    x = wte(tokens) + embedding(config, config.n_positions, "wpe")(positions)  # [B, T, D]
-    block = nn.remat(Block) if config.remat else Block
-    new_cache = []
-    for i in range(config.n_layer):
-        layer_cache = None if cache is None else cache[i]
-        x, layer_cache = block(config, name=f"h.{i}")(x, visible, layer_cache, column)
-        new_cache.append(layer_cache)
-    return nn.LayerNorm(config.layer_norm_epsilon, config.dtype, name="ln_f")(x), new_cache, wte
-
-
-class GPT2(nn.Module):
-    """GPT-2 with its language-model head, which is wte itself unless the config unties it."""
-
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, tokens, mask, positions=None, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
-
-        positions [B, T]: cumsum(mask) - 1 unless given. With a cache of S columns, `tokens` stand
-        at its columns column … column + T - 1, mask is [B, S], and (logits, new cache) comes back.
-        logits_from leaves out the head, the largest product of all, where nobody reads it.
-        """
-        x, new_cache, wte = trunk(self.config, tokens, mask, positions, cache, column)
-        tied = self.config.tie_word_embeddings
-        head = wte if tied else embedding(self.config, self.config.vocab_size, "lm_head")
-        x, table = x[:, logits_from:], head.embedding.astype(x.dtype)  # [B, T', D], [V, D]
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-        return logits if cache is None else (logits, new_cache)
-
-
-# --------------------------------------------------------------------- checkpoints and run folder
-
-
-def hf_name_and_shape(leaf, shape):
-    """("h.0", "attn", "c_attn", "kernel"), (D, 3, H, D/H) -> "h.0.attn.c_attn.weight", (D, 3D).
-
-    Only c_attn, and score ([D, 1] here, [1, D] there), have another shape than in the file.
-    """
-    name = ".".join([*leaf[:-1], "bias" if leaf[-1] == "bias" else "weight"])
-    if "c_attn" in leaf:
-        shape = (*shape[:-3], int(np.prod(shape[-3:])))
-    return name, shape[::-1] if "score" in leaf else shape
-
-
-def load_config(folder):
-    """The GPT2Config in a model folder. Fails on what this GPT-2 does not implement."""
-    path = find_model(folder) / "config.json"
-    if not path.exists():
-        fail(f"{folder} is not a model folder: it has no config.json")
-    file = json.loads(path.read_text("utf-8"))
-    implemented = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, value in implemented.items():
-        if file.get(key, None if key == "model_type" else value) != value:
-            fail(f"{path}: {key} is {file.get(key)!r}, and only {value!r} is implemented")
-    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
-    return GPT2Config(**{name: file[name] for name in names & file.keys()})
-
-
-def load_model(folder):
-    """(config, params) of a Hugging Face folder or hub name, in float32; the head is the file's.
-
-    Fails where the folder is no GPT-2, or a tensor is missing or has the wrong shape.
-    """
-    folder = find_model(folder)
-    config, path = load_config(folder), folder / "model.safetensors"
-    if not path.exists():
-        convert = f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')"
-        convert = f'python -c "from transformers import AutoModel; {convert}"'
-        fail(f"{folder} has no model.safetensors; to convert what it has: {convert}")
-    tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-    one = jnp.zeros((1, 1), jnp.int32)
-    leaves = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
-    if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
-        leaves.pop(("lm_head", "embedding"), None)
-        leaves["score", "kernel"] = jnp.zeros((config.n_embd, 1))
-    for leaf, like in leaves.items():
-        name, shape = hf_name_and_shape(leaf, like.shape)
-        if name not in tensors or tensors[name].shape != shape:
-            found = f"shape {tensors[name].shape}" if name in tensors else "no such tensor"
-            fail(f"{path}: {name} should have shape {shape}, but there is {found}")
-        leaves[leaf] = tensors[name].astype(jnp.float32).reshape(like.shape)
-    return config, unflatten_dict(leaves)
-
-
-def write_file(path, write):
-    """Calls write(temporary path), then puts the file in place: whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_model(folder, config, params, tokenizer_folder):
-    """Writes a Hugging Face folder: config, float32 weights, and a copy of the tokenizer's files.
-
-    A tree with a `score` becomes a GPT2ForSequenceClassification with one label.
-    """
-    folder = Path(folder)
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for pattern in ("*token*.json", "vocab.json", "merges.txt"):
-        for file in find_model(tokenizer_folder).glob(pattern):
-            shutil.copyfile(file, building / file.name)
-    is_reward_model = "score" in params
-    file = dataclasses.asdict(config) | {
-        "model_type": "gpt2",
-        "architectures": [
-            "GPT2ForSequenceClassification" if is_reward_model else "GPT2LMHeadModel"
-        ],
-        "bos_token_id": config.eos_token_id,
-        "dtype": "float32",
-        **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0),
-    }
-    if is_reward_model:  # otherwise transformers assumes two labels
-        file |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    tensors = {}
-    for leaf, x in flatten_dict(params).items():
-        name, shape = hf_name_and_shape(leaf, x.shape)
-        prefix = "" if leaf[0] in ("lm_head", "score") else "transformer."
-        tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
-    write_file(building / "config.json", lambda path: path.write_text(json.dumps(file, indent=2)))
-    header = {"format": "pt"}  # transformers refuses a file that names no framework
-    write_file(building / "model.safetensors", lambda path: save_file(tensors, path, header))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
-
-
-# -------------------------------------------------------------------------------------- generation
-
-
-@functools.partial(jax.jit, static_argnums=(1, 5, 6, 7, 8, 9, 10))
-def generate(
-    params,
-    config,
-    tokens,
-    mask,
-    key,
-    max_new_tokens,
-    temperature,
-    eos_id,
-    pad_id=0,
-    num_samples=1,
-    filter_logits=None,
-):
-    """Samples from the policy with a cache of keys and values, until every row has ended.
-
-    tokens, mask: [B, P], padded on the left. Returns tokens, mask [N, P + R] and logprobs [N, R]
-    with N = B * num_samples, the samples of one prompt side by side, R = max_new_tokens; after a
-    row's EOS they are pad_id, 0 and 0. logprobs are those of log_softmax(logits / temperature)
-    over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
-    At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
-    """
-    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
-    if config.n_positions < P + R:
-        raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
-    model = functools.partial(GPT2(config).apply, {"params": params})
-    cache_shape = (B, config.n_head, P + R, config.n_embd // config.n_head)
-    cache = [(jnp.zeros(cache_shape, config.dtype),) * 2 for _ in range(config.n_layer)]
-    mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
-    logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
-    tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
-    # Each prompt is read once; from here on every sample is a row of its own.
-    prefilled = (tokens, mask, logits, cache)
-    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
-
-    def not_all_ended(carry):
-        step, ended = carry[:2]
-        return (step < R) & ~jnp.all(ended)
-
-    def one_token(carry):
-        step, ended, logprobs, tokens, mask, logits, cache = carry
-        logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
-        filtered = filter_logits(logits) if filter_logits else logits
-        if temperature == 0:
-            token = jnp.argmax(filtered, axis=-1)  # [N]
-        else:  # by the inverse of the distribution function: one random number a row, not V
-            cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
-            cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
-            token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
-        token = jnp.where(ended, pad_id, token)
-        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
-        tokens = tokens.at[:, P + step].set(token)
-        mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
-
-    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
-    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
-    return tokens, mask, logprobs
-
-
-def keep_top(logits, k, p):
-    """[N, V] with -inf for all but the k likeliest tokens and the fewest that hold mass p."""
-    if 0 < k < logits.shape[-1]:
-        threshold = jax.lax.top_k(logits, k)[0].min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
-    if p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)  # [N, V]
-        threshold = jnp.where(before < p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
-    return logits
-
-
-# ------------------------------------------------------------------------------------------ losses
-
-
-def token_logprobs(logits, tokens):
-    """log_softmax(logits) at `tokens`: [..., V], [...] -> [...], in float32 at least.
-
-    As a logit minus a logsumexp, so that no [..., V] log-softmax is kept for the backward pass.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
-def perplexity(params, config, ids, batch_size, eos_id):
-    """Mean loss in nats of a text's tokens, read in windows as long as the model's context.
-
-    Each window begins with EOS, so that its first token has something to be predicted from.
-    """
-    size = config.n_positions - 1
-    windows = [[eos_id, *ids[i : i + size]] for i in range(0, len(ids), size)]
-    windows += [[]] * (-len(windows) % batch_size)  # one shape, one compilation
-
-    @jax.jit
-    def total_loss(tokens, mask):
-        logits = GPT2(config).apply({"params": params}, tokens, mask)[:, :-1]
-        return -jnp.sum(token_logprobs(logits, tokens[:, 1:]) * mask[:, 1:])
-
-    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-    return sum(float(total_loss(*pad_rows(b, len(windows[0])))) for b in batches) / len(ids)
-
-
-def main(args):
-    if not args.prompt and not args.text:
-        fail('nothing to do: pass --prompt "…" or --text FILE')
-    if args.dtype == "bfloat16" and jax.default_backend().upper() == "METAL":
-        fail("Metal has no bfloat16: pass --dtype float16")
-    config, params = load_model(args.model)
-    config = dataclasses.replace(config, dtype=args.dtype)
-    tokenizer = load_tokenizer(args.model)
-    eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
-    if args.text:
-        if not Path(args.text).is_file() or not Path(args.text).stat().st_size:
-            fail(f"no text in {args.text}: --text takes a file")
-        check_sizes(config, tokenizer, 0)
-        ids = tokenizer.encode_ordinary(Path(args.text).read_text("utf-8"))
-        loss = perplexity(params, config, ids, args.batch_size, eos_id)
-        print(f"{args.text}: {len(ids)} tokens, {loss:.4f} nats, perplexity {np.exp(loss):.2f}")
-    if args.prompt:
-        # An empty prompt is one EOS: what stands before a text's first token in training.
-        rows = [tokenizer.encode_ordinary(prompt) or [eos_id] for prompt in args.prompt]
-        tokens, mask = pad_rows(rows, max(map(len, rows)), left=True)
-        check_sizes(config, tokenizer, tokens.shape[1] + args.max_completion_length)
-        key, length = jax.random.key(args.seed), args.max_completion_length
-        top = functools.partial(keep_top, k=args.top_k, p=args.top_p)
-        sampling = (length, args.temperature, eos_id, 0, args.num_samples, top)
-        sampled, mask, _ = generate(params, config, tokens, mask, key, *sampling)
-        texts = decode_responses(tokenizer, sampled, mask, tokens.shape[1], eos_id)
-        for i, text in enumerate(texts):
-            print(f"{args.prompt[i // args.num_samples]}|{text}\n")
+def read_json(path):
+    """What a JSON file holds; fails where it is missing or broken."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,32 @@
-"""PPO on a language model: it learns to write what a reward model scores high, near to a reference.
+"""PPO: a language model learns to write what a reward model scores high.
 
-Schulman et al. 2017, "Proximal policy optimization algorithms", as used by Ziegler et al. 2019 and
-Ouyang et al. 2022. The details follow Huang et al. 2024, "The N+ implementation details of RLHF
-with PPO", except: the score stands at EOS (there: one later, with a second mask), a missing EOS
-costs a penalty (there: the score becomes -1), Adam's eps is 1e-8 (there: 1e-5), and there are
+Schulman et al. 2017, "Proximal policy optimization algorithms", as used by
+Ziegler et al. 2019 and Ouyang et al. 2022. Details follow Huang et al. 2024,
+"The N+ implementation details of RLHF with PPO", except: the score stands at
+EOS (there: one later, with a second mask), a missing EOS costs a penalty
+(there: the score becomes -1), Adam's eps is 1e-8 (there: 1e-5), and there are
 warm-up, gradient clipping and two minibatches.
 
-    python ppo.py                      # runs/sft/model against runs/reward/model, embedded prompts
-    python ppo.py --model gpt2 --dataset my_prompts.jsonl --reward my_rewards.py:function
+    python ppo.py       # runs/sft/model, runs/reward/model, embedded prompts
+    python ppo.py --model gpt2 --dataset prompts.jsonl --reward rewards.py:f
 
-Each step samples one completion to each of batch_size prompts, scores it, and goes over the batch
-`epochs` times. The reward is the score at the last token, less kl_coef times the log-ratio to the
-reference at every token; a critic predicts what is still to come, and GAE turns both into
-advantages. Prompts are JSON Lines, {"prompt"} and any columns that a reward function wants.
-
-With the defaults it takes about 70 seconds on two CPU cores, and the gold reward of its reviews
-rises from 0.00 to 0.42 at a KL of 2.8 nats (seed 0). Compare: `diff reward.py ppo.py`.
+Each step: (1) sample a completion to each prompt, (2) score it, (3) take off
+the KL penalty, (4) turn rewards into advantages with a critic and GAE, (5) go
+over the batch `epochs` times. Prompts are JSON Lines, {"prompt"} and any
+columns that a reward function wants. With the defaults it takes some 75 s on
+two CPU cores; results: README.md. Compare: diff reward.py ppo.py.
 """
 
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tyro
 
 
 @dataclass(frozen=True)
 class Args:
-    # folder or hub name of the policy's start, which is also the reference
-    model: str = "runs/sft/model"
+    model: str = "runs/sft/model"  # folder or hub name: the policy's start, and the reference
     # folder of a learned reward, added to --reward; with neither given: runs/reward/model
     reward_model: str | None = None
     # file.py:function, f(prompts, completions, **columns) -> scores; repeatable
@@ -43,29 +42,27 @@ class Args:
     overwrite: bool = False  # replace the run in run_dir
     seed: int = 0  # of the order of the prompts, the minibatches and the samples
     steps: int = 60  # rollouts, each followed by epochs * num_minibatches updates
-    batch_size: int = 128  # prompts in one rollout
+    batch_size: int = 128  # completions in one rollout
     epochs: int = 4  # passes over a rollout
     num_minibatches: int = 2  # updates in one pass
-    # sequences in one pass of an update; sampling and scoring take the whole rollout at once
-    micro_batch_size: int = 32
+    micro_batch_size: int = 32  # sequences in one forward and backward pass of an update
     learning_rate: float = 3e-4  # peak; it falls linearly to 0
     warmup_steps: int = 8  # updates in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     kl_coef: float = 0.3  # weight of the KL penalty in the reward
-    # if given, kl_coef is steered so that the KL comes to this many nats a sequence
-    kl_target: float | None = None
+    kl_target: float | None = None  # if given, kl_coef is steered to this KL, nats a sequence
     kl_horizon: int = 10_000  # the gain of that steering is batch_size / kl_horizon
-    # if given, a rollout's updates end once approxkl is above it (so the schedule ends early, too)
-    stop_kl: float | None = None
+    stop_kl: float | None = None  # if given, a rollout's updates end once approxkl is above it
     clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps … 1 + clip_eps
     value_clip_eps: float = 0.2  # of the value in the critic's loss
     vf_coef: float = 0.1  # weight of the critic's loss
+    entropy_coef: float = 0.0  # weight of the policy's mean entropy a token, which is raised
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone; lower: less variance, more bias
     whiten_rewards: bool = False  # divide the rewards by their standard deviation
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
-    max_prompt_length: int = 16  # tokens; a longer prompt is dropped
+    max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
     max_completion_length: int = 48  # tokens with EOS
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of sampling, and of every log-probability
@@ -81,677 +78,66 @@ if __name__ == "__main__":
 import dataclasses
 import functools
 import gzip
-import importlib.util
 import json
 import math
 import os
-import re
+import runpy
 import shutil
 import signal
 import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.flax
 import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.flax import load_file, save_file
+from rich.progress import Progress
 from tensorboardX import SummaryWriter
-
-# ------------------------------------------------------------------------------ tokenizer and data
-
-
-def fail(message):
-    """Bad input ends a script with one line and exit status 2, as a wrong flag does."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def find_model(name):
-    """The local folder of a model: `name` itself, else the hub's model of that name."""
-    folder = Path(name)
-    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        files = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
-        try:
-            return Path(snapshot_download(str(name), allow_patterns=files))
-        except Exception as error:  # offline, no such model, not public: the hub's words say which
-            fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
-    if not folder.is_dir():
-        made_here = len(folder.parts) > 1 and folder.parts[0] == "runs"
-        run = f"run `python {folder.parts[1]}.py` first, or " if made_here else ""
-        fail(f"no model at {name}: {run}pass a folder or a hub name such as gpt2")
-    return folder
-
-
-def load_tokenizer(folder):
-    """The tiktoken.Encoding of a model folder, built from its own files.
-
-    What is neither a byte nor made by a merge is a special token; `encode_ordinary` reads the text
-    `<|endoftext|>` as plain text. Fails on what tiktoken cannot express: it takes the ids for the
-    merges' ranks, and needs all 256 bytes.
-    """
-    folder, added = find_model(folder), {}
-    if (folder / "tokenizer.json").exists():
-        file = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        model, split = file["model"], file.get("pre_tokenizer") or {}
-        plain_split = split.get("use_regex", True) and not split.get("add_prefix_space")
-        kind = (model.get("type"), split.get("type"), plain_split, file.get("normalizer"))
-        if kind != ("BPE", "ByteLevel", True, None):
-            fail(f"{folder}/tokenizer.json: only byte-level BPE, no normalizer, no prefix space")
-        vocabulary, merges = model["vocab"], model["merges"]
-        added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-    else:
-        fail(f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json with merges.txt")
-    # The files write each byte as a printable character: itself, or one of those from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    plain = dict.fromkeys([*characters, *map("".join, pairs)])
-    if lacking := [token for token in plain if token not in vocabulary]:
-        fail(f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
-    ids = [vocabulary[token] for token in plain]
-    if ids[256:] != sorted(ids[256:]):
-        fail(f"the token ids of {folder} do not follow the order of its merges")
-    ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
-    special = {token: i for token, i in vocabulary.items() if token not in plain} | added
-    # The pattern is GPT-2's: where to cut a text before the merges begin.
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding(
-        str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def check_sizes(config, tokenizer, length):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
-    if tokenizer.max_token_value >= config.vocab_size:
-        ids = f"ids up to {tokenizer.max_token_value}"
-        fail(f"the tokenizer has {ids}, the model only {config.vocab_size} tokens")
-    if length > config.n_positions:
-        lower = "lower --max-prompt-length or --max-completion-length"
-        fail(f"{length} tokens do not fit into the model's {config.n_positions} positions: {lower}")
-
-
-def pad_rows(rows, width, left=False):
-    """Lists of ids to (tokens, mask), int32 [B, width] each; zeros on the right, or on the left."""
-    tokens, mask = np.zeros((2, len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, columns] = row
-        mask[i, columns] = 1
-    return tokens, mask
-
-
-def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
-    """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
-    tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
-    # Some models have more rows in wte than there are tokens; such an id is no text.
-    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
-    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
-
-
-def read_jsonl(path, *alternatives):
-    """The rows of a JSON Lines file, plain or .gz: dicts with all fields of one of `alternatives`.
-
-    Fails, with the line's number, where a line is not JSON or a field is missing, empty (a prompt
-    may be) or not a string.
-    """
-    if not Path(path).is_file():
-        fail(f"no data file {path}; `python data/reviews.py` makes the embedded ones")
-    rows = []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                fail(f"{path}, line {number} is not JSON: {error}")
-            fields = [
-                names for names in alternatives if isinstance(row, dict) and names <= row.keys()
-            ]
-            if not fields:
-                needs = " or ".join(" and ".join(sorted(names)) for names in alternatives)
-                fail(f"{path}, line {number} is not an object with {needs}")
-            for name in fields[0]:
-                if not isinstance(row[name], str) or not (row[name] or name == "prompt"):
-                    fail(f'{path}, line {number}: "{name}" is empty or not a string')
-            rows.append(row)
-    return rows or fail(f"{path} holds no rows")
-
-
-def encode_prompts(rows, tokenizer, eos_id, max_prompt_length):
-    """[(row, token ids)] of the prompts that fit; an empty prompt is one EOS."""
-    encoded = [(row, tokenizer.encode_ordinary(row["prompt"]) or [eos_id]) for row in rows]
-    fitting = [(row, ids) for row, ids in encoded if len(ids) <= max_prompt_length]
-    if not fitting:
-        fail(f"no prompt has at most --max-prompt-length {max_prompt_length} tokens")
-    if len(fitting) < len(rows):
-        print(f"{len(rows)} prompts: {len(rows) - len(fitting)} dropped as too long")
-    return fitting
-
-
-def prompt_batches(rows, batch_size, steps, seed):
-    """Row numbers [steps, batch_size]: every prompt once before any comes again."""
-    epochs = -(-steps * batch_size // rows)
-    order = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)]
-    return np.concatenate(order)[: steps * batch_size].reshape(steps, batch_size)
-
-
-def load_function(name):
-    """The function of "file.py:function"."""
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        fail(f"no file for {name}: a reward is given as file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
-    if not hasattr(module, function):
-        fail(f"{path} has no function {function}")
-    return getattr(module, function)
-
-
-def call_reward(function, rows, completions):
-    """Scores [B] of a reward function in TRL's signature; None ("does not apply") counts as 0.
-
-    rows: the data's rows, whose other columns it gets as lists. Fails with one line where it raises
-    or returns something else than one finite number a completion.
-    """
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    name, prompts = function.__name__, [row["prompt"] for row in rows]
-    try:
-        scores = function(prompts=prompts, completions=list(completions), **columns)
-        scores = np.array([0.0 if score is None else score for score in scores], np.float32)
-    except Exception as error:
-        fail(f"the reward function {name} raised {type(error).__name__}: {error}")
-    if scores.shape != (len(rows),) or not np.isfinite(scores).all():
-        fail(f"the reward function {name} must return {len(rows)} finite numbers, not {scores}")
-    return scores
-
-
-def stream_key(seed, name, step):
-    """The random key of a named stream at a step: a resumed run needs no stored randomness."""
-    stream = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    return jax.random.fold_in(stream, step)
-
-
-# ------------------------------------------------------------------------------------------- model
-
-
-@dataclass(frozen=True)
-class GPT2Config:
-    """Hugging Face's names, as in config.json; frozen, so that jit can take it as static."""
-
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    reward_gain: float = 1.0  # a record: reward.py has folded gain and shift into the weights
-    reward_shift: float = 0.0
-    dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass instead of keeping it
-
-
-def linear(config, x, features, name, scale=1.0):
-    """A dense layer [B, T, D] -> [B, T, *features] inside a compact module, as one 2-D product.
-
-    On a CPU the weight gradient of a 3-D input takes three times as long as that of a 2-D one.
-    """
-    init = nn.initializers.normal(config.initializer_range * scale)
-    dense = nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
-    y = dense(x.reshape(-1, x.shape[-1]))  # [B * T, *features]
-    return y.reshape(*x.shape[:-1], *y.shape[1:])
-
-
-class Attention(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x, visible, cache, column):
-        """x [B, T, D]; visible [B, T, S]; cache: None or (keys, values) [B, H, S, D/H] each."""
-        width, heads = x.shape[-1], self.config.n_head
-        # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
-        qkv = linear(self.config, x, (3, heads, width // heads), "c_attn")  # [B, T, 3, H, D/H]
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, D/H]
-        keys = "bshd"
-        if cache is not None:  # heads first: the small products of decoding then copy nothing
-            keys = "bhsd"
-            k = jax.lax.dynamic_update_slice(cache[0], k.swapaxes(1, 2), (0, 0, column, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.swapaxes(1, 2), (0, 0, column, 0))
-        weights = jnp.einsum(f"bthd,{keys}->bhts", q, k, preferred_element_type=jnp.float32)
-        weights = weights * (width // heads) ** -0.5  # [B, H, T, S]
-        weights = jax.nn.softmax(jnp.where(visible[:, None], weights, -1e9))
-        y = jnp.einsum(f"bhts,{keys}->bthd", weights.astype(v.dtype), v)  # [B, T, H, D/H]
-        residual_scale = (2 * self.config.n_layer) ** -0.5
-        return linear(self.config, y.reshape(x.shape), width, "c_proj", residual_scale), (k, v)
-
-
-class MLP(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        x = jax.nn.gelu(
-            linear(config, x, config.n_inner or 4 * config.n_embd, "c_fc")
-        )  # [B, T, 4D]
-        return linear(config, x, config.n_embd, "c_proj", (2 * config.n_layer) ** -0.5)
-
-
-class Block(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x, visible, cache, column):
-        norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, self.config.dtype)
-        y, cache = Attention(self.config, name="attn")(norm(name="ln_1")(x), visible, cache, column)
-        x = x + y
-        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x)), cache
-
-
-def embedding(config, size, name):
-    """A table of `size` vectors of the model's width, inside a compact module."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(size, config.n_embd, dtype=config.dtype, embedding_init=init, name=name)
-
-
-def trunk(config, tokens, mask, positions=None, cache=None, column=0):
-    """Embeddings, blocks and the last norm: (hidden states [B, T, D], new cache, wte).
-
-    Called inside a compact method: its submodules stand in the caller's flat tree, under Hugging
-    Face's names.
-    """
-    if positions is None:  # left padding must not count: GPT-2's positions are absolute
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [B, S]
-        positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)
-    queries = column + jnp.arange(tokens.shape[1])
-    causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
-    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
-
-    wte = embedding(config, config.vocab_size, "wte")
-    x = wte(tokens) + embedding(config, config.n_positions, "wpe")(positions)  # [B, T, D]
-    block = nn.remat(Block) if config.remat else Block
-    new_cache = []
-    for i in range(config.n_layer):
-        layer_cache = None if cache is None else cache[i]
-        x, layer_cache = block(config, name=f"h.{i}")(x, visible, layer_cache, column)
-        new_cache.append(layer_cache)
-    return nn.LayerNorm(config.layer_norm_epsilon, config.dtype, name="ln_f")(x), new_cache, wte
-
-
-class GPT2(nn.Module):
-    """GPT-2 with its language-model head, which is wte itself unless the config unties it."""
-
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, tokens, mask, positions=None, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
-
-        positions [B, T]: cumsum(mask) - 1 unless given. With a cache of S columns, `tokens` stand
-        at its columns column … column + T - 1, mask is [B, S], and (logits, new cache) comes back.
-        logits_from leaves out the head, the largest product of all, where nobody reads it.
-        """
-        x, new_cache, wte = trunk(self.config, tokens, mask, positions, cache, column)
-        tied = self.config.tie_word_embeddings
-        head = wte if tied else embedding(self.config, self.config.vocab_size, "lm_head")
-        x, table = x[:, logits_from:], head.embedding.astype(x.dtype)  # [B, T', D], [V, D]
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-        return logits if cache is None else (logits, new_cache)
-
-
-class RewardModel(nn.Module):
-    """GPT-2's trunk with one number a position: a reward model, or a critic."""
-
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, tokens, mask):
-        """tokens, mask [B, T] -> float32 scores [B, T]."""
-        x, _, _ = trunk(self.config, tokens, mask)
-        init = nn.initializers.normal((self.config.n_embd + 1) ** -0.5)  # scores of about unit size
-        return nn.Dense(1, use_bias=False, kernel_init=init, name="score")(x)[..., 0]
-
-
-def sequence_scores(scores, mask):
-    """The score at the last real token of each row: [B, T], [B, T] -> [B]."""
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def score_sequences(params, config, tokens, mask):
-    """The learned reward of whole sequences: [B, T], [B, T] -> [B]."""
-    return sequence_scores(RewardModel(config).apply({"params": params}, tokens, mask), mask)
-
-
-# --------------------------------------------------------------------- checkpoints and run folder
-
-
-def hf_name_and_shape(leaf, shape):
-    """("h.0", "attn", "c_attn", "kernel"), (D, 3, H, D/H) -> "h.0.attn.c_attn.weight", (D, 3D).
-
-    Only c_attn, and score ([D, 1] here, [1, D] there), have another shape than in the file.
-    """
-    name = ".".join([*leaf[:-1], "bias" if leaf[-1] == "bias" else "weight"])
-    if "c_attn" in leaf:
-        shape = (*shape[:-3], int(np.prod(shape[-3:])))
-    return name, shape[::-1] if "score" in leaf else shape
-
-
-def load_config(folder):
-    """The GPT2Config in a model folder. Fails on what this GPT-2 does not implement."""
-    path = find_model(folder) / "config.json"
-    if not path.exists():
-        fail(f"{folder} is not a model folder: it has no config.json")
-    file = json.loads(path.read_text("utf-8"))
-    implemented = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, value in implemented.items():
-        if file.get(key, None if key == "model_type" else value) != value:
-            fail(f"{path}: {key} is {file.get(key)!r}, and only {value!r} is implemented")
-    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
-    return GPT2Config(**{name: file[name] for name in names & file.keys()})
-
-
-def load_model(folder):
-    """(config, params) of a Hugging Face folder or hub name, in float32; the head is the file's.
-
-    Fails where the folder is no GPT-2, or a tensor is missing or has the wrong shape.
-    """
-    folder = find_model(folder)
-    config, path = load_config(folder), folder / "model.safetensors"
-    if not path.exists():
-        convert = f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')"
-        convert = f'python -c "from transformers import AutoModel; {convert}"'
-        fail(f"{folder} has no model.safetensors; to convert what it has: {convert}")
-    tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-    one = jnp.zeros((1, 1), jnp.int32)
-    leaves = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
-    if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
-        leaves.pop(("lm_head", "embedding"), None)
-        leaves["score", "kernel"] = jnp.zeros((config.n_embd, 1))
-    for leaf, like in leaves.items():
-        name, shape = hf_name_and_shape(leaf, like.shape)
-        if name not in tensors or tensors[name].shape != shape:
-            found = f"shape {tensors[name].shape}" if name in tensors else "no such tensor"
-            fail(f"{path}: {name} should have shape {shape}, but there is {found}")
-        leaves[leaf] = tensors[name].astype(jnp.float32).reshape(like.shape)
-    return config, unflatten_dict(leaves)
-
-
-def write_file(path, write):
-    """Calls write(temporary path), then puts the file in place: whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_model(folder, config, params, tokenizer_folder):
-    """Writes a Hugging Face folder: config, float32 weights, and a copy of the tokenizer's files.
-
-    A tree with a `score` becomes a GPT2ForSequenceClassification with one label.
-    """
-    folder = Path(folder)
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for pattern in ("*token*.json", "vocab.json", "merges.txt"):
-        for file in find_model(tokenizer_folder).glob(pattern):
-            shutil.copyfile(file, building / file.name)
-    is_reward_model = "score" in params
-    file = dataclasses.asdict(config) | {
-        "model_type": "gpt2",
-        "architectures": [
-            "GPT2ForSequenceClassification" if is_reward_model else "GPT2LMHeadModel"
-        ],
-        "bos_token_id": config.eos_token_id,
-        "dtype": "float32",
-        **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0),
-    }
-    if is_reward_model:  # otherwise transformers assumes two labels
-        file |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    tensors = {}
-    for leaf, x in flatten_dict(params).items():
-        name, shape = hf_name_and_shape(leaf, x.shape)
-        prefix = "" if leaf[0] in ("lm_head", "score") else "transformer."
-        tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
-    write_file(building / "config.json", lambda path: path.write_text(json.dumps(file, indent=2)))
-    header = {"format": "pt"}  # transformers refuses a file that names no framework
-    write_file(building / "model.safetensors", lambda path: save_file(tensors, path, header))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
-
-
-class RunFolder:
-    """args.json, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoint.safetensors, model/.
-
-    A run is finished when model/ is there. What is logged at a step is flushed before that step's
-    checkpoint; a resumed run cuts the logs back to the checkpoint and does the rest again.
-    """
-
-    def __init__(self, args):
-        """Fails where the folder must not be used; ends the script where its run is finished."""
-        self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
-        resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
-        for name, value in self.args.items():  # sizes, counts and intervals
-            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
-                fail(f"--{name.replace('_', '-')} must be at least 1")
-        signal.signal(signal.SIGINT, self.interrupt)
-        if not (self.path / "args.json").exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                fail(f"{self.path} is not empty and not a run: pass another --run-dir")
-        elif self.overwrite:
-            inputs = [v for k, v in self.args.items() if k != "run_dir"]
-            for value in inputs + [x for v in inputs if isinstance(v, list) for x in v]:
-                place = Path(str(value).split(":")[0]).resolve()
-                if self.path.resolve() in [place, *place.parents]:
-                    fail(f"--overwrite would remove {value}, from which this run reads")
-        elif not resume:
-            ways = "--resume to go on with it, --overwrite to replace it, or another --run-dir"
-            fail(f"{self.path} holds a run: pass {ways}")
-        else:
-            before = json.loads((self.path / "args.json").read_text("utf-8"))
-            if changed := [k for k in before | self.args if before.get(k) != self.args.get(k)]:
-                fail(f"{self.path} was begun with other values of {', '.join(changed)}")
-            if (self.path / "model").exists():
-                print(f"{self.path} is finished: its model is {self.path / 'model'}")
-                raise SystemExit(0)
-
-    def start(self, state, total_steps):
-        """(state, step) of the checkpoint, or (state, 0) without one; opens the logs there."""
-        if self.overwrite and (self.path / "args.json").exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.args, indent=2)
-        write_file(self.path / "args.json", lambda path: path.write_text(text, "utf-8"))
-        if step := self.checkpoint_step():
-            saved = load_file(self.path / "checkpoint.safetensors")
-            state = jax.tree_util.tree_map_with_path(
-                lambda leaf, _: saved[jax.tree_util.keystr(leaf)], state
-            )
-        self.files = {}
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.path / name
-            lines = path.read_text("utf-8").splitlines(True) if step and path.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            write_file(path, lambda path, kept=kept: path.write_text("".join(kept), "utf-8"))
-            self.files[name] = path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[shown]}")
-        self.bar = Progress(str(self.path), *columns)
-        self.task = self.bar.add_task("", total=total_steps, completed=step, shown="")
-        self.bar.start()
-        self.total_steps, self.samples = total_steps, []
-        return state, step
-
-    def log(self, step, metrics, *shown):
-        """One line in metrics.jsonl and in TensorBoard; the metrics `shown` go to the screen."""
-        metrics = {name: float(value) for name, value in metrics.items()}
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        row = {"step": step, **metrics, **dict.fromkeys(bad)}  # JSON has null, but no NaN
-        self.append("metrics.jsonl", row)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-        self.bar.update(self.task, completed=step, shown=text)
-        if not self.bar.console.is_terminal:
-            print(f"{self.path} step {step}  {text}", flush=True)
-        if bad:
-            self.bar.stop()
-            cause = "usually --learning-rate is too high or --warmup-steps too low"
-            fail(f"{bad[0]} is not finite at step {step}; {cause}")
-
-    def log_samples(self, step, rows):
-        """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
-        self.samples = rows
-        for row in rows:
-            self.append("samples.jsonl", {"step": step, **row})
-
-    def append(self, name, row):
-        self.files[name].write(json.dumps(row) + "\n")
-        self.files[name].flush()
-
-    def due(self, step, *every):
-        """Whether one of these intervals ends at this step; the last step ends all of them."""
-        return step == self.total_steps or any(step % interval == 0 for interval in every)
-
-    def save(self, step, state):
-        """Writes the train state, whole or not at all; the step stands in the file's header."""
-        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-        tensors = {jax.tree_util.keystr(leaf): jnp.asarray(value) for leaf, value in leaves}
-        path, header = self.path / "checkpoint.safetensors", {"step": str(step)}
-        write_file(path, lambda path: save_file(tensors, path, header))
-
-    def checkpoint_step(self):
-        """The step of the last checkpoint, 0 without one."""
-        path = self.path / "checkpoint.safetensors"
-        return int(safe_open(path, "flax").metadata()["step"]) if path.exists() else 0
-
-    def finish(self):
-        """Shows the last samples, and gives the terminal back."""
-        if hasattr(self, "bar"):
-            self.bar.stop()
-            self.writer.close()
-            for row in self.samples[:4]:
-                print("  ".join(str(value) for value in row.values()))
-
-    def interrupt(self, *_):
-        """Ctrl-C."""
-        self.finish()
-        step = self.checkpoint_step()
-        print(f"\nstopped; the last checkpoint is of step {step}, and --resume goes on from there")
-        raise SystemExit(130)
-
-
-# -------------------------------------------------------------------------------------- generation
-
-
-@functools.partial(jax.jit, static_argnums=(1, 5, 6, 7, 8, 9, 10))
-def generate(
-    params,
-    config,
-    tokens,
-    mask,
-    key,
-    max_new_tokens,
-    temperature,
-    eos_id,
-    pad_id=0,
-    num_samples=1,
-    filter_logits=None,
-):
-    """Samples from the policy with a cache of keys and values, until every row has ended.
-
-    tokens, mask: [B, P], padded on the left. Returns tokens, mask [N, P + R] and logprobs [N, R]
-    with N = B * num_samples, the samples of one prompt side by side, R = max_new_tokens; after a
-    row's EOS they are pad_id, 0 and 0. logprobs are those of log_softmax(logits / temperature)
-    over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
-    At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
-    """
-    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
-    if config.n_positions < P + R:
-        raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
-    model = functools.partial(GPT2(config).apply, {"params": params})
-    cache_shape = (B, config.n_head, P + R, config.n_embd // config.n_head)
-    cache = [(jnp.zeros(cache_shape, config.dtype),) * 2 for _ in range(config.n_layer)]
-    mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
-    logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
-    tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
-    # Each prompt is read once; from here on every sample is a row of its own.
-    prefilled = (tokens, mask, logits, cache)
-    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
-
-    def not_all_ended(carry):
-        step, ended = carry[:2]
-        return (step < R) & ~jnp.all(ended)
-
-    def one_token(carry):
-        step, ended, logprobs, tokens, mask, logits, cache = carry
-        logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
-        filtered = filter_logits(logits) if filter_logits else logits
-        if temperature == 0:
-            token = jnp.argmax(filtered, axis=-1)  # [N]
-        else:  # by the inverse of the distribution function: one random number a row, not V
-            cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
-            cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
-            token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
-        token = jnp.where(ended, pad_id, token)
-        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
-        tokens = tokens.at[:, P + step].set(token)
-        mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
-
-    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
-    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
-    return tokens, mask, logprobs
-
 
 # ------------------------------------------------------------------------------------------ losses
 
 
-def token_logprobs(logits, tokens):
-    """log_softmax(logits) at `tokens`: [..., V], [...] -> [...], in float32 at least.
+def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7), as a loss; all [B, R].
 
-    As a logit minus a logsumexp, so that no [..., V] log-softmax is kept for the backward pass.
+    -mean of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) over the tokens with mask 1.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
+
+    def mean(x):
+        return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1)
+
+    log_ratio = (logprobs - old_logprobs) * mask
+    ratio = jnp.exp(log_ratio)
+    losses = -advantages * ratio
+    clipped_losses = -advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    loss = mean(jnp.maximum(losses, clipped_losses))
+    return loss, {
+        "loss/policy_avg": loss,
+        "policy/approxkl_avg": 0.5 * mean(log_ratio**2),  # k2, as in TRL, but masked
+        "policy/clipfrac_avg": mean(clipped_losses > losses),
+        "val/ratio": mean(ratio),
+    }
 
 
-def masked_mean(x, mask):
-    """Mean of x over the places where mask is 1; 0 where there are none."""
-    return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1)
+def value_function_loss(values, old_values, returns, mask, clip_eps):
+    """The critic's clipped squared error; all [B, R].
+
+    1/2 * mean of max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), masked.
+    """
+    assert values.shape == old_values.shape == returns.shape == mask.shape
+    clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
+    errors = (values - returns) ** 2
+    clipped_errors = (clipped - returns) ** 2
+    loss = 0.5 * masked_mean(jnp.maximum(errors, clipped_errors), mask)
+    clipfrac = masked_mean(clipped_errors > errors, mask)
+    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": clipfrac}
 
 
 def compute_kl_divergence(logprobs, ref_logprobs):
@@ -772,7 +158,7 @@ def compute_rewards(scores, kl, mask, kl_coef):
     One mask serves policy, value and reward: the first EOS is an action, nothing after it is.
     """
     assert kl.shape == mask.shape and scores.shape == mask.shape[:1], (scores.shape, mask.shape)
-    is_last = mask - jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))  # [B, R]
+    is_last = jnp.arange(mask.shape[1]) == mask.sum(axis=1, keepdims=True) - 1  # [B, R]
     return -kl_coef * kl * mask + scores[:, None] * is_last
 
 
@@ -796,6 +182,16 @@ def compute_gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
+def masked_mean(x, mask):
+    """Mean of x over the places where mask is 1; 0 where there are none."""
+    return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1)
+
+
+def masked_variance(x, mask):
+    """Variance of x over the places where mask is 1: the mean squared deviation from the mean."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
 def whiten(x, mask, shift_mean=True):
     """x [B, R] with variance 1 and, if shift_mean, mean 0 over the places where mask is 1.
 
@@ -803,41 +199,9 @@ def whiten(x, mask, shift_mean=True):
     """
     assert x.shape == mask.shape, (x.shape, mask.shape)
     mean, count = masked_mean(x, mask), mask.sum()
-    variance = masked_mean((x - mean) ** 2, mask) * count / jnp.maximum(count - 1, 1)
+    variance = masked_variance(x, mask) * count / jnp.maximum(count - 1, 1)
     whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
-
-
-def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
-    """PPO's clipped objective (Schulman et al. 2017, eq. 7), as a loss; all [B, R].
-
-    -mean of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) over the tokens with mask 1.
-    """
-    assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
-    log_ratio = (logprobs - old_logprobs) * mask
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
-    losses = jnp.maximum(-advantages * ratio, -advantages * clipped)
-    loss = masked_mean(losses, mask)
-    return loss, {
-        "loss/policy_avg": loss,
-        "policy/approxkl_avg": 0.5 * masked_mean(log_ratio**2, mask),  # k2, as in TRL, but masked
-        "policy/clipfrac_avg": masked_mean(-advantages * clipped > -advantages * ratio, mask),
-        "val/ratio": masked_mean(ratio, mask),
-    }
-
-
-def value_function_loss(values, old_values, returns, mask, clip_eps):
-    """The critic's clipped squared error; all [B, R].
-
-    1/2 * mean of max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), masked.
-    """
-    assert values.shape == old_values.shape == returns.shape == mask.shape
-    clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
-    errors, clipped_errors = (values - returns) ** 2, (clipped - returns) ** 2
-    loss = 0.5 * masked_mean(jnp.maximum(errors, clipped_errors), mask)
-    clipfrac = masked_mean(clipped_errors > errors, mask)
-    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": clipfrac}
 
 
 # ------------------------------------------------------------------------------------------ update
@@ -849,92 +213,19 @@ class TrainState(NamedTuple):
     params: dict  # {"policy", "critic"}
     opt_state: optax.OptState
     kl_coef: jax.Array
-
-
-def learning_rate_at(step, peak, warmup_steps, total_steps):
-    """Linear from 0 to `peak` in warmup_steps, then linear to 0 at total_steps."""
-    rising = (step + 1) / max(warmup_steps, 1)
-    falling = (total_steps - step) / max(total_steps - warmup_steps, 1)
-    return peak * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
-
-
-def make_optimizer(args, total_steps):
-    """(AdamW after clipping by the global norm, its schedule); biases and norms do not decay."""
-    schedule = functools.partial(
-        learning_rate_at,
-        peak=args.learning_rate,
-        warmup_steps=args.warmup_steps,
-        total_steps=total_steps,
-    )
-    matrices = functools.partial(
-        jax.tree_util.tree_map_with_path, lambda leaf, _: leaf[-1].key in ("kernel", "embedding")
-    )
-    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw), schedule
+    updates: jax.Array  # so far: what the schedule of the learning rate counts
 
 
 def make_state(params, optimizer, kl_coef):
     """A state that shares no buffer with `params`: train_step gives its buffers away."""
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(params, jax.jit(optimizer.init)(params), jnp.float32(kl_coef))
+    opt_state = jax.jit(optimizer.init)(params)
+    return TrainState(params, opt_state, jnp.float32(kl_coef), jnp.int32(0))
 
 
-def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metric_counts=None):
-    """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
-
-    loss_fn(params, micro_batch) -> (loss, metrics), each a mean over tokens (or sequences); counts
-    [B] says how many of them each row has, metric_counts the same of the metrics, where these are
-    means over something else. Weighting a micro-batch by its share gives the whole batch's mean; a
-    mean of means would favour the short rows.
-    """
-
-    def split(x):  # [B, …] -> [M, B / M, …]
-        return x.reshape(-1, micro_batch_size, *x.shape[1:])
-
-    def shares(counts):  # [B] -> [M]
-        return split(counts).sum(axis=1) / jnp.maximum(counts.sum(), 1)
-
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def add(total, part):
-        micro_batch, share, metric_share = part
-        (loss, metrics), grads = value_and_grad(params, micro_batch)
-        loss, grads = jax.tree.map(lambda x: share * x, (loss, grads))
-        metrics = jax.tree.map(lambda x: metric_share * x, metrics)
-        return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
-
-    micro_batches = jax.tree.map(split, batch)
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, first))
-    metric_shares = shares(counts if metric_counts is None else metric_counts)
-    return jax.lax.scan(add, zeros, (micro_batches, shares(counts), metric_shares))[0]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 4, 5))
-def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
-    """Log-probabilities of the response tokens, entropies of what they were drawn from: [B, R].
-
-    tokens, mask [B, P + R]. The logits that predict response token t stand at column P - 1 + t.
-    """
-    model = GPT2(config)
-    logits = model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1)[:, :-1]
-    logits = logits / temperature  # [B, R, V]
-    fixed = jax.lax.stop_gradient(logits)
-    entropy = jax.nn.logsumexp(fixed, axis=-1) - jnp.sum(jax.nn.softmax(fixed) * fixed, axis=-1)
-    return token_logprobs(logits, tokens[:, prompt_length:]), entropy
-
-
-@functools.partial(jax.jit, static_argnums=(2, 6))
-def sample(params, ref_params, config, tokens, mask, key, sampling):
-    """Completions with the policy's and the reference's log-probabilities of them.
-
-    tokens, mask [B, P], padded on the left; sampling: what generate takes after the key. Returns
-    tokens, mask [N, P + R], logprobs, ref_logprobs [N, R].
-    """
-    prompt_length, temperature = tokens.shape[1], sampling[1]
-    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
-    ref_logprobs, _ = policy_logprobs(ref_params, config, tokens, mask, prompt_length, temperature)
-    return tokens, mask, logprobs, ref_logprobs
+def token_entropies(logits):
+    """Entropy of the distribution at each position: [..., V] -> [...]."""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
 
 
 def critic_values(params, config, tokens, mask, prompt_length):
@@ -943,47 +234,11 @@ def critic_values(params, config, tokens, mask, prompt_length):
     return scores[:, prompt_length - 1 : -1]
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
-def make_experience(state, tokens, mask, logprobs, ref_logprobs, scores, critic_config, args):
-    """What train_step learns from: (batch, metrics) of a rollout and its scores.
-
-    tokens, mask [B, P + R]; logprobs, ref_logprobs [B, R], those of sampling; scores [B].
-    """
-    prompt_length = tokens.shape[1] - logprobs.shape[1]
-    response_mask = mask[:, prompt_length:].astype(jnp.float32)  # [B, R]
-    # 1. The KL penalty at every token, the score at the last.
-    kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
-    rewards = compute_rewards(scores, kl, response_mask, state.kl_coef)
-    if args.whiten_rewards:
-        rewards = whiten(rewards, response_mask, shift_mean=False)
-    # 2. Advantages, whitened once over the whole rollout, not once in each minibatch.
-    values = critic_values(state.params["critic"], critic_config, tokens, mask, prompt_length)
-    values = values * response_mask
-    advantages, returns = compute_gae(rewards, values, response_mask, args.gamma, args.lam)
-    unexplained, spread = (
-        masked_mean((x - masked_mean(x, response_mask)) ** 2, response_mask)
-        for x in (returns - values, returns)
-    )
-    kl = kl.sum(axis=1)  # [B], nats a sequence
-    batch = {
-        "tokens": tokens,
-        "mask": mask,
-        "logprobs": logprobs,
-        "values": values,
-        "advantages": whiten(advantages, response_mask),
-        "returns": returns,
-    }
-    return batch, {
-        "objective/kl_coef": state.kl_coef,
-        "objective/non_score_reward": -state.kl_coef * kl.mean(),
-        "objective/rlhf_reward": (scores - state.kl_coef * kl).mean(),
-        "val/explained_variance": 1 - unexplained / (spread + 1e-8),
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+@functools.partial(
+    jax.jit, static_argnames=("configs", "optimizer", "args"), donate_argnames="state"
+)
 def train_step(state, batch, key, configs, optimizer, args):
-    """All updates of one rollout, epochs * num_minibatches, in one scan: (state, metrics)."""
+    """5. Updates: epochs * num_minibatches of them on make_experience's batch: (state, metrics)."""
     config, critic_config = configs
     size, response_length = batch["logprobs"].shape
     prompt_length = batch["tokens"].shape[1] - response_length
@@ -991,46 +246,52 @@ def train_step(state, batch, key, configs, optimizer, args):
     def loss_fn(params, batch):
         tokens, mask = batch["tokens"], batch["mask"]
         response_mask = mask[:, prompt_length:].astype(jnp.float32)
-        logprobs, entropy = policy_logprobs(
+        logits = response_logits(
             params["policy"], config, tokens, mask, prompt_length, args.temperature
         )
         policy_loss, policy_metrics = ppo_policy_loss(
-            logprobs, batch["logprobs"], batch["advantages"], response_mask, args.clip_eps
+            token_logprobs(logits, tokens[:, prompt_length:]),
+            batch["logprobs"],
+            batch["advantages"],
+            response_mask,
+            args.clip_eps,
         )
         values = critic_values(params["critic"], critic_config, tokens, mask, prompt_length)
         value_loss, value_metrics = value_function_loss(
             values, batch["values"], batch["returns"], response_mask, args.value_clip_eps
         )
-        metrics = {"policy/entropy_avg": masked_mean(entropy, response_mask)}
-        loss = policy_loss + args.vf_coef * value_loss
-        return loss, metrics | policy_metrics | value_metrics
+        if not args.entropy_coef:  # only looked at: no need to differentiate it
+            logits = jax.lax.stop_gradient(logits)
+        entropy = masked_mean(token_entropies(logits), response_mask)
+        loss = policy_loss + args.vf_coef * value_loss - args.entropy_coef * entropy
+        return loss, policy_metrics | value_metrics | {"policy/entropy_avg": entropy}
 
     def update(carry, rows):
-        params, opt_state, active = carry
+        state, _ = carry
         minibatch = jax.tree.map(lambda x: x[rows], batch)
         counts = minibatch["mask"][:, prompt_length:].sum(axis=1)  # [B / num_minibatches]
         (_, metrics), grads = accumulate_gradients(
-            loss_fn, params, minibatch, counts, args.micro_batch_size
+            loss_fn, state.params, minibatch, counts, args.micro_batch_size
         )
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        new = (optax.apply_updates(params, updates), new_opt_state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(active, new, old), new, (params, opt_state)
-        )
-        weight = counts.sum() * active
-        if args.stop_kl is not None:
-            active = active & (metrics["policy/approxkl_avg"] <= args.stop_kl)
-        return (params, opt_state, active), (metrics, weight)
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = TrainState(params, opt_state, state.kl_coef, state.updates + 1)
+        stopped = metrics["policy/approxkl_avg"] > (args.stop_kl or jnp.inf)
+        return (state, stopped), (metrics, counts.sum())
+
+    def update_unless_stopped(carry, rows):
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(update, carry, rows)[1])
+        return jax.lax.cond(carry[1], lambda *_: (carry, nothing), update, carry, rows)
 
     keys = jax.random.split(key, args.epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)  # [epochs, B]
     order = order.reshape(args.epochs * args.num_minibatches, -1)
-    carry = (state.params, state.opt_state, jnp.bool_(True))
-    (params, opt_state, _), (metrics, weights) = jax.lax.scan(update, carry, order)
+    step = update if args.stop_kl is None else update_unless_stopped
+    before = state.updates
+    (state, _), (metrics, weights) = jax.lax.scan(step, (state, jnp.bool_(False)), order)
     metrics = {name: jnp.average(x, weights=weights) for name, x in metrics.items()}
-    metrics["policy/updates"] = jnp.sum(weights > 0)
-    return TrainState(params, opt_state, state.kl_coef), metrics
+    return state, metrics | {"policy/updates": state.updates - before}
 
 
 def next_kl_coef(kl_coef, kl, args):
@@ -1042,124 +303,832 @@ def next_kl_coef(kl_coef, kl, args):
     return kl_coef * (1 + error * args.batch_size / args.kl_horizon)
 
 
+# ----------------------------------------------------------------------------------------- rollout
+
+
+class Rollout(NamedTuple):
+    """Completions, group by group; P + R tokens, R of them the response's."""
+
+    tokens: jax.Array  # [N, P + R]
+    mask: jax.Array  # [N, P + R], 1 = real token
+    response_mask: jax.Array  # [N, R], 1 up to and including EOS
+    logprobs: jax.Array  # [N, R], under the policy that sampled
+    ref_logprobs: jax.Array  # [N, R], under the reference
+    ended: jax.Array  # [N], whether with EOS
+
+
+def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, args):
+    """1. Sample completions to encode_rows' prompts: (Rollout, their rows, their texts), N each."""
+    P, eos_id = args.max_prompt_length, config.eos_token_id
+    tokens, mask = pad_rows([ids[0] for _, ids in prompts], P, left=True)  # [B, P]
+    sampling = (args.max_completion_length, args.temperature, eos_id, num_samples)
+    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
+    ref_logprobs = policy_logprobs(ref_params, config, tokens, mask, P, args.temperature)
+    response_mask = mask[:, P:].astype(jnp.float32)
+    ended = jnp.any(tokens[:, P:] == eos_id, axis=1)
+    sampled = Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended)
+    rows = [row for row, _ in prompts for _ in range(num_samples)]
+    return sampled, rows, decode_responses(tokenizer, tokens, mask, P, eos_id)
+
+
+def response_logits(params, config, tokens, mask, prompt_length, temperature):
+    """What the response tokens were drawn from: tokens, mask [B, P + R] -> [B, R, V].
+
+    The logits that predict response token t stand at column P - 1 + t.
+    """
+    model = GPT2(config)
+    logits = model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1)
+    return logits[:, :-1] / temperature
+
+
+@functools.partial(jax.jit, static_argnames=("config", "prompt_length", "temperature"))
+def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
+    """Log-probabilities of the response tokens: tokens, mask [B, P + R] -> [B, R]."""
+    logits = response_logits(params, config, tokens, mask, prompt_length, temperature)
+    return token_logprobs(logits, tokens[:, prompt_length:])
+
+
+class Rewards(NamedTuple):
+    """What scores completions."""
+
+    functions: list  # [(function of --reward, weight)]
+    learned: tuple | None  # (config, params) of a reward model
+    gold: object  # function of the ground truth, which is only logged, or None
+
+
+def load_rewards(args, tokenizer):
+    """The Rewards that the flags name."""
+    functions = [load_function(name) for name in args.reward]
+    weights = args.reward_weight or (1.0,) * len(functions)
+    counts = f"{len(functions)} times --reward, but {len(weights)} times --reward-weight"
+    check(len(functions) == len(weights), counts)
+    learned = None
+    if args.reward_model:
+        learned = load_model(args.reward_model)
+        check("score" in learned[1], f"{args.reward_model} has no score: not a reward model")
+        same = token_ids(load_tokenizer(args.reward_model)) == token_ids(tokenizer)
+        check(same, f"the tokenizers of {args.reward_model} and {args.model} differ")
+        check_sizes(learned[0], tokenizer, args)
+    return Rewards(list(zip(functions, weights)), learned, load_gold(args.gold, args.dataset))
+
+
+def score(sampled, rows, texts, rewards, missing_eos_penalty):
+    """2. Score the completions of a Rollout: {"reward", "gold/reward" where it is known}, [N]."""
+    scores = -missing_eos_penalty * ~np.asarray(sampled.ended)
+    if rewards.learned:
+        config, params = rewards.learned
+        learned = learned_rewards(params, config, sampled.tokens, sampled.mask)
+        scores = scores + np.asarray(learned)
+    for function, weight in rewards.functions:
+        scores = scores + weight * call_reward(function, rows, texts)
+    if rewards.gold:
+        return {"reward": scores, "gold/reward": call_reward(rewards.gold, rows, texts)}
+    return {"reward": scores}
+
+
+def describe(sampled, rows, texts, scores):
+    """(metrics, samples to show) of a Rollout; scores: {name: [N]}."""
+    kl = compute_kl_divergence(sampled.logprobs, sampled.ref_logprobs) * sampled.response_mask
+    metrics = {name: x.mean() for name, x in scores.items()} | {
+        "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+        "objective/entropy": -sampled.logprobs.sum(axis=1).mean(),
+        "completions/mean_length": sampled.response_mask.sum(axis=1).mean(),
+        "completions/clipped_ratio": 1 - sampled.ended.mean(),
+    }
+    columns = {"prompt": [row["prompt"] for row in rows], "completion": texts}
+    columns |= {name: x.tolist() for name, x in scores.items()}
+    return metrics, [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+@functools.partial(jax.jit, static_argnames=("critic_config", "args"))
+def make_experience(state, sampled, scores, critic_config, args):
+    """What train_step learns from a Rollout and its scores [B]: (batch, metrics)."""
+    tokens, mask, response_mask, logprobs, ref_logprobs, _ = sampled
+    prompt_length = tokens.shape[1] - logprobs.shape[1]
+    # 3. The KL penalty at every token, the score at the last.
+    kl = compute_kl_divergence(logprobs, ref_logprobs)  # [B, R]
+    rewards = compute_rewards(scores, kl, response_mask, state.kl_coef)
+    if args.whiten_rewards:
+        rewards = whiten(rewards, response_mask, shift_mean=False)
+    # 4. Advantages, whitened once over the whole rollout, not once in each minibatch.
+    values = critic_values(state.params["critic"], critic_config, tokens, mask, prompt_length)
+    advantages, returns = compute_gae(rewards, values, response_mask, args.gamma, args.lam)
+    batch = {
+        "tokens": tokens,
+        "mask": mask,
+        "logprobs": logprobs,
+        "values": values,
+        "advantages": whiten(advantages, response_mask),
+        "returns": returns,
+    }
+    penalty = state.kl_coef * jnp.sum(kl * response_mask, axis=1)  # [B]
+    unexplained = masked_variance(returns - values, response_mask)
+    explained = 1 - unexplained / (masked_variance(returns, response_mask) + 1e-8)
+    return batch, {
+        "objective/kl_coef": state.kl_coef,
+        "objective/non_score_reward": -penalty.mean(),
+        "objective/rlhf_reward": (scores - penalty).mean(),
+        "val/explained_variance": explained,
+    }
+
+
 # -------------------------------------------------------------------------------------------- main
 
 
 def main(args):
     if not args.reward_model and not args.reward:
         args = dataclasses.replace(args, reward_model="runs/reward/model")
+    check_ranges(args)
     run = RunFolder(args)
-    tokenizer = load_tokenizer(args.model)
+
     config, ref_params = load_model(args.model)
-    if "score" in ref_params:
-        fail(f"{args.model} is a reward model, not a language model")
-    config = dataclasses.replace(config, remat=args.remat)
+    tokenizer = load_tokenizer(args.model)
     eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
-    max_length = args.max_prompt_length + args.max_completion_length
-    check_sizes(config, tokenizer, max_length)
-    if args.kl_target is not None and args.kl_target <= 0:
-        fail("--kl-target must be above 0")
-    if args.temperature <= 0:
-        fail("--temperature must be above 0: at 0 nothing is sampled, and nothing can be learned")
-    functions = [load_function(name) for name in args.reward]
-    weights = args.reward_weight or (1.0,) * len(functions)
-    if len(weights) != len(functions):
-        fail(f"{len(functions)} times --reward, but {len(weights)} times --reward-weight")
-    embedded, gold = Path("data/reviews"), args.gold
-    if gold is None and Path(args.dataset).resolve().parent == embedded.resolve():
-        gold = "data/reviews.py:sentiment" if Path("data/reviews.py").is_file() else None
-    gold = gold and load_function(gold)
-    if args.reward_model:  # the critic starts from it
-        critic_config, reward_params = load_model(args.reward_model)
-        if "score" not in reward_params:
-            fail(f"{args.reward_model} is not a reward model: it has no score.weight")
-        if load_tokenizer(args.reward_model)._mergeable_ranks != tokenizer._mergeable_ranks:
-            fail(f"the tokenizers of {args.reward_model} and {args.model} differ")
-        check_sizes(critic_config, tokenizer, max_length)
-        critic_params = reward_params
-    else:  # the critic starts from the policy's trunk, with a head of 0
+    config = dataclasses.replace(config, eos_token_id=eos_id, remat=args.remat)
+    rewards = load_rewards(args, tokenizer)
+    prompts, eval_prompts = (
+        encode_rows(read_jsonl(path, ["prompt"]), [], tokenizer, eos_id, args)
+        for path in (args.dataset, args.eval_dataset)
+    )
+    if rewards.learned:  # the critic starts from it
+        critic_config, critic_params = rewards.learned
+        critic_config = dataclasses.replace(critic_config, remat=args.remat)
+    else:  # or from the policy's trunk, with a head of 0
         critic_config = config
-        critic_params = {k: v for k, v in ref_params.items() if k != "lm_head"}
+        critic_params = {name: x for name, x in ref_params.items() if name != "lm_head"}
         critic_params["score"] = {"kernel": jnp.zeros((config.n_embd, 1))}
-    configs = (config, dataclasses.replace(critic_config, remat=args.remat))
 
-    def load_prompts(path):
-        rows = read_jsonl(path, {"prompt"})
-        return encode_prompts(rows, tokenizer, eos_id, args.max_prompt_length)
+    check("score" not in ref_params, f"{args.model} is a reward model, not a language model")
+    check_sizes(config, tokenizer, args)
+    check(args.temperature > 0, "--temperature must be above 0: else nothing can be learned")
+    check(args.kl_target is None or args.kl_target > 0, "--kl-target must be above 0")
+    sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size {args.micro_batch_size}"
+    fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
+    check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
+    check(args.batch_size <= len(prompts), f"--batch-size is above the {len(prompts)} prompts")
 
-    rows, eval_rows = load_prompts(args.dataset), load_prompts(args.eval_dataset)[:256]
-    if args.batch_size % (args.num_minibatches * args.micro_batch_size):
-        sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size"
-        fail(f"{sizes} {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
-    if len(rows) < args.batch_size:
-        fail(f"{len(rows)} rows do not fill one batch of {args.batch_size}: lower --batch-size")
-    batches = prompt_batches(len(rows), args.batch_size, args.steps, args.seed)
-    updates_per_step = args.epochs * args.num_minibatches
-    optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
-    params = {"policy": ref_params, "critic": critic_params}
-    state, start = run.start(make_state(params, optimizer, args.kl_coef), args.steps)
+    configs = (config, critic_config)
+    batches = prompt_batches(len(prompts), args.batch_size, args.steps, args.seed)
+    optimizer, schedule = make_optimizer(args, args.steps * args.epochs * args.num_minibatches)
+    state = make_state({"policy": ref_params, "critic": critic_params}, optimizer, args.kl_coef)
+    state, start = run.start(state, args.steps)
 
-    def rollout(prompts, stream, step):
-        """(what make_experience takes, metrics, samples) of the present policy."""
-        rows, ids = zip(*prompts)
-        prompt_length, key = args.max_prompt_length, stream_key(args.seed, stream, step)
-        tokens, mask = pad_rows(ids, prompt_length, left=True)
-        sampling = (args.max_completion_length, args.temperature, eos_id)
-        sampled = sample(state.params["policy"], ref_params, config, tokens, mask, key, sampling)
-        tokens, mask, logprobs, ref_logprobs = sampled
-        completions = decode_responses(tokenizer, tokens, mask, prompt_length, eos_id)
-        ended = np.any(np.asarray(tokens)[:, prompt_length:] == eos_id, axis=1)
-        scores = -args.missing_eos_penalty * ~ended
-        if args.reward_model:
-            learned = score_sequences(reward_params, critic_config, tokens, mask)
-            scores = scores + np.asarray(learned)
-        for function, weight in zip(functions, weights):
-            scores = scores + weight * call_reward(function, rows, completions)
-        columns = {"prompt": [row["prompt"] for row in rows], "completion": completions}
-        columns["score"] = scores.tolist()
-        response_mask = mask[:, prompt_length:]
-        kl = compute_kl_divergence(logprobs, ref_logprobs) * response_mask
-        metrics = {
-            "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
-            "objective/entropy": -jnp.sum(logprobs * response_mask, axis=1).mean(),
-            "objective/scores": scores.mean(),
-            "completions/mean_length": response_mask.sum(axis=1).mean(),
-            "completions/clipped_ratio": 1 - ended.mean(),
-        }
-        if gold:
-            golds = call_reward(gold, rows, completions)
-            metrics["gold/reward"], columns["gold"] = golds.mean(), golds.tolist()
-        samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        return (tokens, mask, logprobs, ref_logprobs, scores), metrics, samples
+    def sample(prompts, stream, step):
+        """(Rollout, scores [N], metrics, samples) of the present policy."""
+        models = (state.params["policy"], ref_params, config, tokenizer)
+        key = stream_key(args.seed, stream, step)
+        found = rollout(*models, prompts=prompts, num_samples=1, key=key, args=args)
+        scores = score(*found, rewards=rewards, missing_eos_penalty=args.missing_eos_penalty)
+        return found[0], scores["reward"], *describe(*found, scores=scores)
 
     def evaluate_and_sample(step):
-        _, metrics, samples = rollout(eval_rows, "eval", step)
+        *_, metrics, samples = sample(eval_prompts[:256], "eval", step)
         run.log_samples(step, samples[:8])
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
-        run.log(0, evaluate_and_sample(0), "eval/objective/scores")
+        run.log(0, evaluate_and_sample(0), "eval/reward")
     for step in range(start + 1, args.steps + 1):
         started = time.perf_counter()
-        sampled, metrics, _ = rollout([rows[i] for i in batches[step - 1]], "rollout", step)
-        batch, batch_metrics = make_experience(state, *sampled, configs[1], args)
+        asked = [prompts[i] for i in batches[step - 1]]
+        sampled, scores, metrics, _ = sample(asked, "rollout", step)
+        batch, batch_metrics = make_experience(state, sampled, scores, critic_config, args)
+        metrics["lr"] = schedule(state.updates)  # of the first update
         key = stream_key(args.seed, "minibatches", step)
         state, update_metrics = train_step(state, batch, key, configs, optimizer, args)
         metrics |= jax.device_get(batch_metrics | update_metrics)
         seconds = time.perf_counter() - started
+        metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
         if args.kl_target is not None:
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], args)
             state = state._replace(kl_coef=kl_coef)
-        metrics["lr"] = schedule((step - 1) * updates_per_step)  # of the first update
-        metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
-            run.log(step, metrics, "objective/scores", "objective/kl", "gold/reward")
+            run.log(step, metrics, "reward", "objective/kl", "gold/reward")
         if run.due(step, args.save_every):
             run.save(step, state)
     run.finish()
     save_model(run.path / "model", config, state.params["policy"], args.model)
+
+
+# ==================================================================================================
+# The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Hugging Face's names, as in config.json; frozen, so that jit can take it as static."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"  # of the computation; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass instead of keeping it
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its language-model head, which is wte itself unless the config unties it."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+        # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
+        x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
+        if not self.config.tie_word_embeddings:
+            head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
+        table = head.embedding.astype(x.dtype)  # [V, D]
+        x = x[:, logits_from:]  # the head is the largest product of all: only where it is read
+        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        return logits if cache is None else (logits, new_cache)
+
+
+def token_logprobs(logits, tokens):
+    """log_softmax(logits) at `tokens`: [..., V], [...] -> [...], in float32 at least."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # A logit minus a logsumexp: no [..., V] log-softmax is kept for the backward pass.
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+
+
+class RewardModel(nn.Module):
+    """GPT-2's trunk with one number a position: a reward model, or a critic."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, tokens, mask):
+        """tokens, mask [B, T] -> float32 scores [B, T]."""
+        x, _, _ = trunk(self.config, tokens, mask)
+        init = nn.initializers.normal((self.config.n_embd + 1) ** -0.5)  # scores of about unit size
+        return nn.Dense(1, use_bias=False, kernel_init=init, name="score")(x)[..., 0]
+
+
+def sequence_scores(scores, mask):
+    """The score at the last real token of each row: [B, T], [B, T] -> [B]."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def learned_rewards(params, config, tokens, mask):
+    """A reward model's scores of whole sequences: [B, T], [B, T] -> [B]."""
+    return sequence_scores(RewardModel(config).apply({"params": params}, tokens, mask), mask)
+
+
+def trunk(config, tokens, mask, cache=None, column=0):
+    """(hidden states [B, T, D], new cache, wte), with parameters in the caller's own tree."""
+    # Left padding must not count: GPT-2's positions are absolute.
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [B, S]
+    positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)  # [B, T]
+    queries = column + jnp.arange(tokens.shape[1])
+    causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
+    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
+    init = nn.initializers.normal(config.initializer_range)
+    embed = functools.partial(nn.Embed, dtype=config.dtype, embedding_init=init)
+    wte = embed(config.vocab_size, config.n_embd, name="wte")
+    wpe = embed(config.n_positions, config.n_embd, name="wpe")
+    x = wte(tokens) + wpe(positions)  # [B, T, D]
+    x = x.reshape(-1, config.n_embd)  # a 3-D input makes weight gradients 3 times as slow on a CPU
+    block = nn.remat(Block) if config.remat else Block
+    cache = list(cache or [None] * config.n_layer)
+    for i in range(config.n_layer):
+        x, cache[i] = block(config, name=f"h.{i}")(x, visible, cache[i], column)
+    x = nn.LayerNorm(config.layer_norm_epsilon, config.dtype, name="ln_f")(x)
+    return x.reshape(*tokens.shape, config.n_embd), cache, wte
+
+
+class Block(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, visible, cache, column):
+        """x [B * T, D]; visible [B, T, S]; cache: None or (keys, values) [B, H, S, D/H] each."""
+        norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, self.config.dtype)
+        y, cache = Attention(self.config, name="attn")(norm(name="ln_1")(x), visible, cache, column)
+        x = x + y
+        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x)), cache
+
+
+class Attention(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, visible, cache, column):
+        (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
+        # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
+        qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, H, T, D/H] each
+        if cache is not None:  # [B, H, S, D/H] each, of which T columns are new
+            k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, column, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, column, 0))
+        attention = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+        attention = jnp.where(visible[:, None], attention * (D // H) ** -0.5, -1e9)
+        attention = jax.nn.softmax(attention).astype(v.dtype)  # [B, H, T, S]
+        y = jnp.einsum("bhts,bhsd->bthd", attention, v).reshape(x.shape)
+        return dense(self.config, D, "c_proj", residual=True)(y), (k, v)
+
+
+class MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = jax.nn.gelu(dense(self.config, 4 * x.shape[-1], "c_fc")(x))  # [B * T, 4D]
+        return dense(self.config, x.shape[-1], "c_proj", residual=True)(hidden)
+
+
+def dense(config, features, name, residual=False):
+    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
+    init = nn.initializers.normal(config.initializer_range * scale)
+    return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_new_tokens", "temperature", "eos_id", "num_samples")
+)
+def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos_id, num_samples=1):
+    """Samples until every row has ended: (tokens, mask [N, P + R], logprobs [N, R]).
+
+    tokens, mask: prompts [B, P], padded on the left. N = B * num_samples, those of one prompt side
+    by side; R = max_new_tokens. logprobs are those of log_softmax(logits / temperature). After a
+    row's EOS all three are 0.
+    """
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
+    assert config.n_positions >= P + R, (P, R, config.n_positions)
+    model = functools.partial(GPT2(config).apply, {"params": params})
+    cache_shape = (B, config.n_head, P + R, config.n_embd // config.n_head)
+    cache = [(jnp.zeros(cache_shape, config.dtype),) * 2 for _ in range(config.n_layer)]
+    mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
+    logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
+
+    def unfinished(carry):
+        return (carry[0] < R) & ~jnp.all(carry[1])
+
+    def one_token(carry):
+        step, ended, logprobs, tokens, mask, logits, cache = carry
+        logits = logits[:, 0] / temperature  # [N, V]
+        # By the inverse of the distribution function: one random number a row, not V.
+        cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
+        uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+        threshold = uniform * cumulative.max(axis=-1, keepdims=True)
+        token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
+        token = jnp.where(ended, 0, token)
+        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
+        tokens = tokens.at[:, P + step].set(token)
+        mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
+        logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
+
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(unfinished, one_token, carry)
+    return tokens, mask, logprobs
+
+
+def stream_key(seed, name, step):
+    """The random key of a named stream at a step: a resumed run needs no stored randomness."""
+    stream = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return jax.random.fold_in(stream, step)
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+def make_optimizer(args, total_steps):
+    """(clipping, then AdamW; its schedule: a linear rise, then a linear fall to 0)."""
+    warmup = max(args.warmup_steps, 1)
+    rise = optax.linear_schedule(args.learning_rate / warmup, args.learning_rate, warmup - 1)
+    fall = optax.linear_schedule(args.learning_rate, 0.0, total_steps - warmup)
+    schedule = optax.join_schedules([rise, fall], [warmup])
+
+    def decays(params):  # matrices, no biases and no norms
+        return jax.tree.map_with_path(lambda p, _: p[-1].key in ("kernel", "embedding"), params)
+
+    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw), schedule
+
+
+def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metric_counts=None):
+    """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
+
+    loss_fn(params, micro_batch) -> (loss, metrics), means over tokens; counts [B] says over how
+    many in each row (metric_counts: those of the metrics). A micro-batch counts by its share of
+    them: a mean of means would favour the short rows.
+    """
+    metric_counts = counts if metric_counts is None else metric_counts
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def split(x):  # [B, …] -> [M, B / M, …]
+        return x.reshape(-1, micro_batch_size, *x.shape[1:])
+
+    def add(total, part):
+        micro_batch, count, metric_count = part
+        share = count.sum() / jnp.maximum(counts.sum(), 1)
+        metric_share = metric_count.sum() / jnp.maximum(metric_counts.sum(), 1)
+        (loss, metrics), grads = value_and_grad(params, micro_batch)
+        loss, grads = jax.tree.map(lambda x: share * x, (loss, grads))
+        metrics = jax.tree.map(lambda x: metric_share * x, metrics)
+        return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
+
+    parts = jax.tree.map(split, (batch, counts, metric_counts))
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts[0]))
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+# ------------------------------------------------------------------------------------ model folder
+
+# What a model folder takes over from the one that it came from.
+KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
+
+
+def find_model(name):
+    """The local folder of a model: `name` itself, else the hub's model of that name."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    script = f"{folder.parent.name}.py"
+    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
+    except Exception as error:  # offline, no such model, not public: the hub's words say which
+        fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
+
+
+def hf_name_and_shape(path, shape):
+    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
+    if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
+        shape = (*shape[:-3], math.prod(shape[-3:]))
+    return name, shape[::-1] if "score" in path else shape
+
+
+def load_model(folder):
+    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
+    folder = find_model(folder)
+    saved = {"model_type": None} | read_json(folder / "config.json")
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True}
+    wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for name, value in wanted.items():
+        found = saved.get(name, value)
+        check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
+    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
+    config = GPT2Config(**{name: saved[name] for name in names & saved.keys()})
+
+    file = folder / "model.safetensors"
+    check(file.exists(), f"{folder} has no model.safetensors: save it anew with transformers 5")
+    tensors = safetensors.flax.load_file(file)
+    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    one = jnp.zeros((1, 1), jnp.int32)
+    likes = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
+    if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
+        likes.pop(("lm_head", "embedding"), None)
+        likes["score", "kernel"] = jnp.zeros((config.n_embd, 1))
+    params = {}
+    for path, like in likes.items():
+        name, shape = hf_name_and_shape(path, like.shape)
+        found = tensors[name].shape if name in tensors else "missing"
+        check(found == shape, f"{file}: {name} should have shape {shape}, but is {found}")
+        params[path] = tensors[name].astype(jnp.float32).reshape(like.shape)
+    return config, unflatten_dict(params)
+
+
+def save_model(folder, config, params, source, **more):
+    """Writes a Hugging Face folder; tokenizer and the rest of config.json as in `source`."""
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for pattern in KEPT_FILES:
+        for file in find_model(source).glob(pattern):
+            shutil.copyfile(file, building / file.name)
+    file = building / "config.json"
+    saved = read_json(file) if file.exists() else {}
+    saved = {"bos_token_id": config.eos_token_id} | saved | dataclasses.asdict(config) | more
+    saved |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    saved |= dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)
+    if "score" in params:  # one label; transformers assumes two
+        saved["architectures"] = ["GPT2ForSequenceClassification"]
+        saved |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    write_file(file, json.dumps(saved, indent=2).encode())
+    tensors = {}
+    for path, x in flatten_dict(params).items():
+        name, shape = hf_name_and_shape(path, x.shape)
+        prefix = "" if path[0] in ("lm_head", "score") else "transformer."
+        tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
+    content = safetensors.flax.save(tensors, {"format": "pt"})  # transformers wants a framework
+    write_file(building / "model.safetensors", content)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(building, folder)
+
+
+# ------------------------------------------------------------------------------ tokenizer and data
+
+
+def load_tokenizer(folder):
+    """The tiktoken.Encoding of a model folder; fails on what tiktoken cannot express."""
+    folder = find_model(folder)
+    if (folder / "tokenizer.json").exists():
+        saved = read_json(folder / "tokenizer.json")
+        model, split = saved["model"], saved.get("pre_tokenizer") or {}
+        byte_level = model.get("type", "BPE") == "BPE" and split.get("type") == "ByteLevel"
+        usual = split.get("use_regex", True) and not split.get("add_prefix_space")
+        usual = byte_level and usual and not saved.get("normalizer")
+        check(usual, f"{folder}: only byte-level BPE, no normalizer, no prefix space")
+        vocabulary, merges = model["vocab"], model["merges"]
+        added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+    else:
+        vocabulary, added = read_json(folder / "vocab.json"), {}
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+    # The files write each byte as a printable character: itself, or one of those from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    plain = dict.fromkeys([*characters, *map("".join, pairs)])
+    # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
+    lacking = [token for token in plain if token not in vocabulary]
+    check(not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
+    ids = [vocabulary[token] for token in plain]
+    check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
+    ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
+    special = {token: i for token, i in vocabulary.items() if token not in plain} | added
+    # The pattern is GPT-2's: where to cut a text before the merges begin.
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    return tiktoken.Encoding("BPE", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def token_ids(tokenizer):
+    """{bytes: id} of what is no special token: equal for tokenizers that read every text alike."""
+    return {x: tokenizer.encode_single_token(x) for x in tokenizer.token_byte_values()}
+
+
+def check_sizes(config, tokenizer, args):
+    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    ids, rows = tokenizer.max_token_value + 1, config.vocab_size
+    check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
+    length = args.max_prompt_length + args.max_completion_length
+    longer = f"--max-prompt-length + --max-completion-length are {length} tokens"
+    check(length <= config.n_positions, f"{longer}, the model has {config.n_positions} positions")
+
+
+def pad_rows(rows, width, left=False):
+    """Lists of ids to (tokens, mask), int32 [B, width] each; zeros on the right, or on the left."""
+    tokens, mask = np.zeros((2, len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, columns] = row
+        mask[i, columns] = 1
+    return tokens, mask
+
+
+def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
+    """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
+    tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
+    # Some models have more rows in wte than there are tokens; such an id is no text.
+    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
+    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
+
+
+def read_jsonl(path, fields, instead=None):
+    """Rows of JSON Lines (or .gz) with texts in `fields`, or in `instead`; prompts may be empty."""
+    check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
+    rows = []
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number} is not JSON: {error}")
+            check(isinstance(row, dict), f"{path}, line {number} is not an object")
+            for name in [instead] if instead in row else fields:
+                good = isinstance(row.get(name), str) and (row[name] or name == "prompt")
+                check(good, f'{path}, line {number}: "{name}" is missing, empty or not a string')
+            rows.append(row)
+    check(rows, f"{path} holds no rows")
+    return rows
+
+
+def encode_rows(rows, answers, tokenizer, eos_id, args):
+    """[(row, [ids of the prompt, ids of each of its `answers`, …])] of the rows that fit."""
+    # An answer without its EOS would teach not to stop: a row that is too long is dropped.
+    kept = []
+    for row in rows:
+        prompt = tokenizer.encode_ordinary(row["prompt"]) or [eos_id]
+        texts = [[*tokenizer.encode_ordinary(row[name]), eos_id] for name in answers]
+        longest = max(map(len, texts), default=0)
+        if len(prompt) <= args.max_prompt_length and longest <= args.max_completion_length:
+            kept.append((row, [prompt, *texts]))
+    longer = f"longer than --max-prompt-length {args.max_prompt_length}"
+    longer += f" or --max-completion-length {args.max_completion_length}"
+    check(kept or not rows, f"all {len(rows)} rows are {longer}")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped: {longer}")
+    return kept
+
+
+def prompt_batches(rows, batch_size, steps, seed):
+    """Row numbers [steps, batch_size]: every prompt once before any comes again."""
+    epochs = -(-steps * batch_size // rows)
+    order = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)]
+    return np.concatenate(order)[: steps * batch_size].reshape(steps, batch_size)
+
+
+def load_function(name):
+    """The function of "file.py:function"."""
+    path, _, function = name.rpartition(":")
+    check(Path(path).is_file(), f"no file for {name}: a reward is given as file.py:function")
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:
+        fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
+    check(function in found, f"{path} has no function {function}")
+    return found[function]
+
+
+def load_gold(name, dataset):
+    """The ground truth of `name`, or else that of the embedded data, or None."""
+    embedded = Path(dataset).resolve().parent == Path("data/reviews").resolve()
+    if name is None and embedded and Path("data/reviews.py").is_file():
+        name = "data/reviews.py:sentiment"
+    return name and load_function(name)
+
+
+def call_reward(function, rows, completions):
+    """Scores [B] in TRL's way: the rows' columns come as lists; None ("does not apply") is 0."""
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    prompts = columns.pop("prompt")
+    try:
+        scores = function(prompts=prompts, completions=list(completions), **columns)
+        scores = np.array([0.0 if score is None else score for score in scores], np.float32)
+    except Exception as error:
+        fail(f"the reward function {function.__name__} raised {type(error).__name__}: {error}")
+    right = scores.shape == (len(rows),) and np.isfinite(scores).all()
+    check(right, f"reward {function.__name__} must return {len(rows)} finite numbers, not {scores}")
+    return scores
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+
+def fail(message):
+    """Bad input ends a script with one line and exit status 2, as a wrong flag does."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(condition, message):
+    """Fails with the message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+def read_json(path):
+    """What a JSON file holds; fails where it is missing or broken."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path}: {error}")
+
+
+def write_file(path, content):
+    """Replaces a file by these bytes: whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def check_ranges(args):
+    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    for name, value in vars(args).items():
+        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
+        good = type(value) is not int or value >= lowest
+        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+
+
+class RunFolder:
+    """args.json, metrics.jsonl, TensorBoard, samples.jsonl, checkpoint.safetensors, then model/."""
+
+    def __init__(self, args):
+        self.path = Path(args.run_dir)
+        self.args = json.loads(json.dumps(vars(args)))  # as they come back from args.json
+        resume = self.args.pop("resume")
+        self.overwrite = self.args.pop("overwrite")
+        signal.signal(signal.SIGINT, self.interrupt)
+        if not (self.path / "args.json").exists():
+            check(not any(self.path.glob("*")), f"{self.path} is no run: pass another --run-dir")
+        elif self.overwrite:
+            for value in [*self.args.values(), *self.args.get("reward", [])]:
+                place = Path(str(value).split(":")[0]).resolve()
+                inside = place.is_relative_to(self.path.resolve()) and value != args.run_dir
+                check(not inside, f"--overwrite would remove {value}, from which this run reads")
+        else:
+            ways = "pass --resume, --overwrite or another --run-dir"
+            check(resume, f"{self.path} holds a run: {ways}")
+            before = read_json(self.path / "args.json")
+            changed = [k for k in before | self.args if before.get(k) != self.args.get(k)]
+            check(not changed, f"{self.path} was begun with other values of {', '.join(changed)}")
+            if (self.path / "model").exists():
+                print(f"{self.path} is finished: its model is {self.path / 'model'}")
+                raise SystemExit(0)
+
+    def start(self, state, total_steps):
+        """(state, step) of the checkpoint, or (state, 0) without one; opens the logs there."""
+        if self.overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
+        step = self.checkpoint_step()
+        if step:
+            saved = safetensors.flax.load_file(self.path / "checkpoint.safetensors")
+            state = jax.tree.map_with_path(lambda path, _: saved[jax.tree_util.keystr(path)], state)
+        for log in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            lines = log.read_bytes().splitlines(True) if step and log.exists() else []
+            kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
+            write_file(log, b"".join(kept))
+        self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
+        self.bar = Progress()
+        self.task = self.bar.add_task(str(self.path), total=total_steps, completed=step)
+        self.bar.start()
+        self.total_steps = total_steps
+        self.samples = []
+        return state, step
+
+    def log(self, step, metrics, *shown):
+        """One line in metrics.jsonl and in TensorBoard; the metrics `shown` go to the screen."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        row = {"step": step, **metrics, **dict.fromkeys(bad)}  # JSON has null, but no NaN
+        self.append("metrics.jsonl", row)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        values = [f"  {name} {metrics[name]:.4g}" for name in shown if name in metrics]
+        text = f"{self.path} step {step}{''.join(values)}"
+        self.bar.update(self.task, completed=step, description=text)
+        if not self.bar.console.is_terminal:
+            print(text, flush=True)
+        if bad:
+            self.bar.stop()
+            fail(f"{bad[0]} is not finite at step {step}: is --learning-rate too high?")
+
+    def log_samples(self, step, rows):
+        """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
+        self.samples = rows
+        for row in rows:
+            self.append("samples.jsonl", {"step": step, **row})
+
+    def append(self, name, row):
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def due(self, step, *every):
+        """Whether one of these intervals ends at this step; the last step ends all of them."""
+        return step == self.total_steps or any(step % interval == 0 for interval in every)
+
+    def save(self, step, state):
+        """Writes the train state, whole or not at all; the step stands in the file's header."""
+        tensors = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+        content = safetensors.flax.save(tensors, {"step": str(step)})
+        write_file(self.path / "checkpoint.safetensors", content)
+
+    def checkpoint_step(self):
+        """The step of the last checkpoint, 0 without one."""
+        path = self.path / "checkpoint.safetensors"
+        return int(safetensors.safe_open(path, "np").metadata()["step"]) if path.exists() else 0
+
+    def finish(self):
+        """Shows the last samples, and gives the terminal back."""
+        if hasattr(self, "bar"):
+            self.bar.stop()
+            self.writer.close()
+            for row in self.samples[:4]:
+                print("  ".join(str(value) for value in row.values()))
+
+    def interrupt(self, *_):
+        self.finish()
+        print(f"\nstopped; --resume goes on from the checkpoint of step {self.checkpoint_step()}")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,31 @@
-"""Supervised fine-tuning: a language model learns to write completions, from a folder or anew.
+"""Supervised fine-tuning: a language model learns to write completions.
 
-The first stage of Ouyang et al. 2022, "Training language models to follow instructions with human
-feedback" (section 3.5): maximum likelihood of the completion, given the prompt.
+The first stage of Ouyang et al. 2022, "Training language models to follow
+instructions with human feedback" (section 3.5): maximum likelihood of the
+completion, given the prompt; from a folder, or from scratch.
 
-    python sft.py                                     # from scratch, on the embedded reviews
-    python sft.py --model gpt2 --dataset my.jsonl --eval-dataset my_test.jsonl \\
+    python sft.py                         # from scratch, on embedded reviews
+    python sft.py --model gpt2 --dataset my.jsonl \\
         --max-prompt-length 128 --max-completion-length 384 --learning-rate 2e-5
 
-Data is JSON Lines: {"prompt", "completion"}, or {"text"} for plain language modelling.
-The model learns the completion's tokens and the EOS after them, not the prompt.
-
-With the defaults it takes about 45 seconds on two CPU cores, and the held-out loss comes to 1.449
-nats a token; the floor is 1.404 (data/reviews/facts.json). Next: `diff sft.py reward.py`.
+Data is JSON Lines: {"prompt", "completion"}, or {"text"} for plain language
+modelling. The model learns the completion's tokens and the EOS after them, not
+the prompt. With the defaults it takes some 60 s on two CPU cores; results:
+README.md. Next: diff sft.py reward.py.
 """
 
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tyro
 
 
 @dataclass(frozen=True)
 class Args:
-    # folder or hub name of the model to start from; empty: from scratch, of the sizes below
-    model: str = ""
-    # folder of the tokenizer, where the model starts from scratch
-    tokenizer: str = "data/reviews/tokenizer"
-    # JSON Lines (or .gz) with prompt and completion, or text
-    dataset: str = "data/reviews/sft_train.jsonl"
+    model: str = ""  # folder or hub name to start from; empty: from scratch, of the sizes below
+    tokenizer: str = "data/reviews/tokenizer"  # its folder, where the model starts from scratch
+    dataset: str = "data/reviews/sft_train.jsonl"  # JSON Lines (or .gz): prompt and completion
     eval_dataset: str = "data/reviews/sft_test.jsonl"  # the same, held out
     run_dir: str = "runs/sft"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
@@ -39,14 +37,13 @@ class Args:
     n_positions: int = 128  # longest sequence in tokens, from scratch
     epochs: int = 4  # passes over the data
     batch_size: int = 32  # sequences in one optimizer step
-    # sequences in one forward and backward pass; their gradients are accumulated
-    micro_batch_size: int = 16
+    micro_batch_size: int = 16  # sequences in one forward and backward pass
     learning_rate: float = 3e-3  # peak; it falls linearly to 0
     warmup_steps: int = 50  # steps in which the learning rate rises from 0
     weight_decay: float = 0.1  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
-    max_prompt_length: int = 16  # tokens; a longer prompt loses its beginning
-    max_completion_length: int = 48  # tokens with EOS; a row whose completion is longer is dropped
+    max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
+    max_completion_length: int = 48  # tokens with EOS; a row with a longer completion is dropped
     train_on_prompt: bool = False  # let the prompt's tokens count in the loss, too
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of the samples that are shown
@@ -67,649 +64,25 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.flax
 import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.flax import load_file, save_file
+from rich.progress import Progress
 from tensorboardX import SummaryWriter
 
-# ------------------------------------------------------------------------------ tokenizer and data
-
-
-def fail(message):
-    """Bad input ends a script with one line and exit status 2, as a wrong flag does."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def find_model(name):
-    """The local folder of a model: `name` itself, else the hub's model of that name."""
-    folder = Path(name)
-    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        files = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
-        try:
-            return Path(snapshot_download(str(name), allow_patterns=files))
-        except Exception as error:  # offline, no such model, not public: the hub's words say which
-            fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
-    if not folder.is_dir():
-        made_here = len(folder.parts) > 1 and folder.parts[0] == "runs"
-        run = f"run `python {folder.parts[1]}.py` first, or " if made_here else ""
-        fail(f"no model at {name}: {run}pass a folder or a hub name such as gpt2")
-    return folder
-
-
-def load_tokenizer(folder):
-    """The tiktoken.Encoding of a model folder, built from its own files.
-
-    What is neither a byte nor made by a merge is a special token; `encode_ordinary` reads the text
-    `<|endoftext|>` as plain text. Fails on what tiktoken cannot express: it takes the ids for the
-    merges' ranks, and needs all 256 bytes.
-    """
-    folder, added = find_model(folder), {}
-    if (folder / "tokenizer.json").exists():
-        file = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        model, split = file["model"], file.get("pre_tokenizer") or {}
-        plain_split = split.get("use_regex", True) and not split.get("add_prefix_space")
-        kind = (model.get("type"), split.get("type"), plain_split, file.get("normalizer"))
-        if kind != ("BPE", "ByteLevel", True, None):
-            fail(f"{folder}/tokenizer.json: only byte-level BPE, no normalizer, no prefix space")
-        vocabulary, merges = model["vocab"], model["merges"]
-        added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-    else:
-        fail(f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json with merges.txt")
-    # The files write each byte as a printable character: itself, or one of those from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    plain = dict.fromkeys([*characters, *map("".join, pairs)])
-    if lacking := [token for token in plain if token not in vocabulary]:
-        fail(f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
-    ids = [vocabulary[token] for token in plain]
-    if ids[256:] != sorted(ids[256:]):
-        fail(f"the token ids of {folder} do not follow the order of its merges")
-    ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
-    special = {token: i for token, i in vocabulary.items() if token not in plain} | added
-    # The pattern is GPT-2's: where to cut a text before the merges begin.
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding(
-        str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def check_sizes(config, tokenizer, length):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
-    if tokenizer.max_token_value >= config.vocab_size:
-        ids = f"ids up to {tokenizer.max_token_value}"
-        fail(f"the tokenizer has {ids}, the model only {config.vocab_size} tokens")
-    if length > config.n_positions:
-        lower = "lower --max-prompt-length or --max-completion-length"
-        fail(f"{length} tokens do not fit into the model's {config.n_positions} positions: {lower}")
-
-
-def pad_rows(rows, width, left=False):
-    """Lists of ids to (tokens, mask), int32 [B, width] each; zeros on the right, or on the left."""
-    tokens, mask = np.zeros((2, len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, columns] = row
-        mask[i, columns] = 1
-    return tokens, mask
-
-
-def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
-    """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
-    tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
-    # Some models have more rows in wte than there are tokens; such an id is no text.
-    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
-    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
-
-
-def read_jsonl(path, *alternatives):
-    """The rows of a JSON Lines file, plain or .gz: dicts with all fields of one of `alternatives`.
-
-    Fails, with the line's number, where a line is not JSON or a field is missing, empty (a prompt
-    may be) or not a string.
-    """
-    if not Path(path).is_file():
-        fail(f"no data file {path}; `python data/reviews.py` makes the embedded ones")
-    rows = []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                fail(f"{path}, line {number} is not JSON: {error}")
-            fields = [
-                names for names in alternatives if isinstance(row, dict) and names <= row.keys()
-            ]
-            if not fields:
-                needs = " or ".join(" and ".join(sorted(names)) for names in alternatives)
-                fail(f"{path}, line {number} is not an object with {needs}")
-            for name in fields[0]:
-                if not isinstance(row[name], str) or not (row[name] or name == "prompt"):
-                    fail(f'{path}, line {number}: "{name}" is empty or not a string')
-            rows.append(row)
-    return rows or fail(f"{path} holds no rows")
-
-
-def encode_rows(rows, fields, tokenizer, eos_id, max_prompt_length, max_completion_length):
-    """(the rows kept, their token ids [prompt, completion, …], one completion for each field).
-
-    Prompt and completion are encoded apart, as in sampling; a completion gets its EOS; an empty
-    prompt is one EOS. Too long a prompt loses its beginning; a row with too long a completion is
-    dropped: without its EOS it would teach not to stop.
-    """
-    kept, encoded, shortened = [], [], 0
-    for row in rows:
-        prompt = tokenizer.encode_ordinary(row["prompt"]) or [eos_id]
-        completions = [[*tokenizer.encode_ordinary(row[name]), eos_id] for name in fields]
-        if max(map(len, completions), default=0) <= max_completion_length:
-            shortened += len(prompt) > max_prompt_length
-            encoded.append([prompt[-max_prompt_length:], *completions])
-            kept.append(row)
-    if rows and not kept:
-        fail(f"no completion has at most --max-completion-length {max_completion_length} tokens")
-    if shortened or len(kept) < len(rows):
-        dropped = len(rows) - len(kept)
-        print(f"{len(rows)} rows: {dropped} dropped as too long, {shortened} prompts shortened")
-    return kept, encoded
-
-
-def encode_texts(rows, tokenizer, eos_id, max_completion_length):
-    """Plain texts, EOS before and after, as rows of encode_rows: pieces after the token before."""
-    texts = [[eos_id, *tokenizer.encode_ordinary(row["text"]), eos_id] for row in rows]
-    size = max_completion_length
-    return [[t[i - 1 : i], t[i : i + size]] for t in texts for i in range(1, len(t), size)]
-
-
-def length_batches(lengths, batch_size, epochs, seed):
-    """Row numbers [steps, batch_size] of all epochs; a batch has rows of like length, to pad less.
-
-    The rows that fill no whole batch are left out, others in each epoch.
-    """
-    batches = []
-    for epoch in range(epochs):
-        rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
-        order = order[np.argsort(np.asarray(lengths)[order], kind="stable")]
-        batches.append(rng.permutation(order.reshape(-1, batch_size)))
-    return np.concatenate(batches)
-
-
-def padded_width(longest, max_length):
-    """`longest` rounded up to a quarter of max_length: four shapes at most to compile."""
-    quarter = -(-max_length // 4)
-    return -(-longest // quarter) * quarter
-
-
-def stream_key(seed, name, step):
-    """The random key of a named stream at a step: a resumed run needs no stored randomness."""
-    stream = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    return jax.random.fold_in(stream, step)
-
-
-def check_batch_sizes(rows, batch_size, micro_batch_size):
-    """Fails where no batch can be filled, or micro-batches do not divide it."""
-    if rows < batch_size:
-        fail(f"{rows} rows do not fill one batch of {batch_size}: lower --batch-size")
-    if batch_size % micro_batch_size:
-        fail(f"--micro-batch-size {micro_batch_size} does not divide --batch-size {batch_size}")
-
-
-# ------------------------------------------------------------------------------------------- model
-
-
-@dataclass(frozen=True)
-class GPT2Config:
-    """Hugging Face's names, as in config.json; frozen, so that jit can take it as static."""
-
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    reward_gain: float = 1.0  # a record: reward.py has folded gain and shift into the weights
-    reward_shift: float = 0.0
-    dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass instead of keeping it
-
-
-def linear(config, x, features, name, scale=1.0):
-    """A dense layer [B, T, D] -> [B, T, *features] inside a compact module, as one 2-D product.
-
-    On a CPU the weight gradient of a 3-D input takes three times as long as that of a 2-D one.
-    """
-    init = nn.initializers.normal(config.initializer_range * scale)
-    dense = nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
-    y = dense(x.reshape(-1, x.shape[-1]))  # [B * T, *features]
-    return y.reshape(*x.shape[:-1], *y.shape[1:])
-
-
-class Attention(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x, visible, cache, column):
-        """x [B, T, D]; visible [B, T, S]; cache: None or (keys, values) [B, H, S, D/H] each."""
-        width, heads = x.shape[-1], self.config.n_head
-        # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
-        qkv = linear(self.config, x, (3, heads, width // heads), "c_attn")  # [B, T, 3, H, D/H]
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, D/H]
-        keys = "bshd"
-        if cache is not None:  # heads first: the small products of decoding then copy nothing
-            keys = "bhsd"
-            k = jax.lax.dynamic_update_slice(cache[0], k.swapaxes(1, 2), (0, 0, column, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.swapaxes(1, 2), (0, 0, column, 0))
-        weights = jnp.einsum(f"bthd,{keys}->bhts", q, k, preferred_element_type=jnp.float32)
-        weights = weights * (width // heads) ** -0.5  # [B, H, T, S]
-        weights = jax.nn.softmax(jnp.where(visible[:, None], weights, -1e9))
-        y = jnp.einsum(f"bhts,{keys}->bthd", weights.astype(v.dtype), v)  # [B, T, H, D/H]
-        residual_scale = (2 * self.config.n_layer) ** -0.5
-        return linear(self.config, y.reshape(x.shape), width, "c_proj", residual_scale), (k, v)
-
-
-class MLP(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        x = jax.nn.gelu(
-            linear(config, x, config.n_inner or 4 * config.n_embd, "c_fc")
-        )  # [B, T, 4D]
-        return linear(config, x, config.n_embd, "c_proj", (2 * config.n_layer) ** -0.5)
-
-
-class Block(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x, visible, cache, column):
-        norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, self.config.dtype)
-        y, cache = Attention(self.config, name="attn")(norm(name="ln_1")(x), visible, cache, column)
-        x = x + y
-        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x)), cache
-
-
-def embedding(config, size, name):
-    """A table of `size` vectors of the model's width, inside a compact module."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(size, config.n_embd, dtype=config.dtype, embedding_init=init, name=name)
-
-
-def trunk(config, tokens, mask, positions=None, cache=None, column=0):
-    """Embeddings, blocks and the last norm: (hidden states [B, T, D], new cache, wte).
-
-    Called inside a compact method: its submodules stand in the caller's flat tree, under Hugging
-    Face's names.
-    """
-    if positions is None:  # left padding must not count: GPT-2's positions are absolute
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [B, S]
-        positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)
-    queries = column + jnp.arange(tokens.shape[1])
-    causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
-    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
-
-    wte = embedding(config, config.vocab_size, "wte")
-    x = wte(tokens) + embedding(config, config.n_positions, "wpe")(positions)  # [B, T, D]
-    block = nn.remat(Block) if config.remat else Block
-    new_cache = []
-    for i in range(config.n_layer):
-        layer_cache = None if cache is None else cache[i]
-        x, layer_cache = block(config, name=f"h.{i}")(x, visible, layer_cache, column)
-        new_cache.append(layer_cache)
-    return nn.LayerNorm(config.layer_norm_epsilon, config.dtype, name="ln_f")(x), new_cache, wte
-
-
-class GPT2(nn.Module):
-    """GPT-2 with its language-model head, which is wte itself unless the config unties it."""
-
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, tokens, mask, positions=None, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
-
-        positions [B, T]: cumsum(mask) - 1 unless given. With a cache of S columns, `tokens` stand
-        at its columns column … column + T - 1, mask is [B, S], and (logits, new cache) comes back.
-        logits_from leaves out the head, the largest product of all, where nobody reads it.
-        """
-        x, new_cache, wte = trunk(self.config, tokens, mask, positions, cache, column)
-        tied = self.config.tie_word_embeddings
-        head = wte if tied else embedding(self.config, self.config.vocab_size, "lm_head")
-        x, table = x[:, logits_from:], head.embedding.astype(x.dtype)  # [B, T', D], [V, D]
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-        return logits if cache is None else (logits, new_cache)
-
-
-# --------------------------------------------------------------------- checkpoints and run folder
-
-
-def hf_name_and_shape(leaf, shape):
-    """("h.0", "attn", "c_attn", "kernel"), (D, 3, H, D/H) -> "h.0.attn.c_attn.weight", (D, 3D).
-
-    Only c_attn, and score ([D, 1] here, [1, D] there), have another shape than in the file.
-    """
-    name = ".".join([*leaf[:-1], "bias" if leaf[-1] == "bias" else "weight"])
-    if "c_attn" in leaf:
-        shape = (*shape[:-3], int(np.prod(shape[-3:])))
-    return name, shape[::-1] if "score" in leaf else shape
-
-
-def load_config(folder):
-    """The GPT2Config in a model folder. Fails on what this GPT-2 does not implement."""
-    path = find_model(folder) / "config.json"
-    if not path.exists():
-        fail(f"{folder} is not a model folder: it has no config.json")
-    file = json.loads(path.read_text("utf-8"))
-    implemented = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, value in implemented.items():
-        if file.get(key, None if key == "model_type" else value) != value:
-            fail(f"{path}: {key} is {file.get(key)!r}, and only {value!r} is implemented")
-    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
-    return GPT2Config(**{name: file[name] for name in names & file.keys()})
-
-
-def load_model(folder):
-    """(config, params) of a Hugging Face folder or hub name, in float32; the head is the file's.
-
-    Fails where the folder is no GPT-2, or a tensor is missing or has the wrong shape.
-    """
-    folder = find_model(folder)
-    config, path = load_config(folder), folder / "model.safetensors"
-    if not path.exists():
-        convert = f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')"
-        convert = f'python -c "from transformers import AutoModel; {convert}"'
-        fail(f"{folder} has no model.safetensors; to convert what it has: {convert}")
-    tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-    one = jnp.zeros((1, 1), jnp.int32)
-    leaves = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
-    if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
-        leaves.pop(("lm_head", "embedding"), None)
-        leaves["score", "kernel"] = jnp.zeros((config.n_embd, 1))
-    for leaf, like in leaves.items():
-        name, shape = hf_name_and_shape(leaf, like.shape)
-        if name not in tensors or tensors[name].shape != shape:
-            found = f"shape {tensors[name].shape}" if name in tensors else "no such tensor"
-            fail(f"{path}: {name} should have shape {shape}, but there is {found}")
-        leaves[leaf] = tensors[name].astype(jnp.float32).reshape(like.shape)
-    return config, unflatten_dict(leaves)
-
-
-def write_file(path, write):
-    """Calls write(temporary path), then puts the file in place: whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_model(folder, config, params, tokenizer_folder):
-    """Writes a Hugging Face folder: config, float32 weights, and a copy of the tokenizer's files.
-
-    A tree with a `score` becomes a GPT2ForSequenceClassification with one label.
-    """
-    folder = Path(folder)
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for pattern in ("*token*.json", "vocab.json", "merges.txt"):
-        for file in find_model(tokenizer_folder).glob(pattern):
-            shutil.copyfile(file, building / file.name)
-    is_reward_model = "score" in params
-    file = dataclasses.asdict(config) | {
-        "model_type": "gpt2",
-        "architectures": [
-            "GPT2ForSequenceClassification" if is_reward_model else "GPT2LMHeadModel"
-        ],
-        "bos_token_id": config.eos_token_id,
-        "dtype": "float32",
-        **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0),
-    }
-    if is_reward_model:  # otherwise transformers assumes two labels
-        file |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    tensors = {}
-    for leaf, x in flatten_dict(params).items():
-        name, shape = hf_name_and_shape(leaf, x.shape)
-        prefix = "" if leaf[0] in ("lm_head", "score") else "transformer."
-        tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
-    write_file(building / "config.json", lambda path: path.write_text(json.dumps(file, indent=2)))
-    header = {"format": "pt"}  # transformers refuses a file that names no framework
-    write_file(building / "model.safetensors", lambda path: save_file(tensors, path, header))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
-
-
-class RunFolder:
-    """args.json, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoint.safetensors, model/.
-
-    A run is finished when model/ is there. What is logged at a step is flushed before that step's
-    checkpoint; a resumed run cuts the logs back to the checkpoint and does the rest again.
-    """
-
-    def __init__(self, args):
-        """Fails where the folder must not be used; ends the script where its run is finished."""
-        self.path, self.args = Path(args.run_dir), json.loads(json.dumps(vars(args)))
-        resume, self.overwrite = self.args.pop("resume"), self.args.pop("overwrite")
-        for name, value in self.args.items():  # sizes, counts and intervals
-            if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
-                fail(f"--{name.replace('_', '-')} must be at least 1")
-        signal.signal(signal.SIGINT, self.interrupt)
-        if not (self.path / "args.json").exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                fail(f"{self.path} is not empty and not a run: pass another --run-dir")
-        elif self.overwrite:
-            inputs = [v for k, v in self.args.items() if k != "run_dir"]
-            for value in inputs + [x for v in inputs if isinstance(v, list) for x in v]:
-                place = Path(str(value).split(":")[0]).resolve()
-                if self.path.resolve() in [place, *place.parents]:
-                    fail(f"--overwrite would remove {value}, from which this run reads")
-        elif not resume:
-            ways = "--resume to go on with it, --overwrite to replace it, or another --run-dir"
-            fail(f"{self.path} holds a run: pass {ways}")
-        else:
-            before = json.loads((self.path / "args.json").read_text("utf-8"))
-            if changed := [k for k in before | self.args if before.get(k) != self.args.get(k)]:
-                fail(f"{self.path} was begun with other values of {', '.join(changed)}")
-            if (self.path / "model").exists():
-                print(f"{self.path} is finished: its model is {self.path / 'model'}")
-                raise SystemExit(0)
-
-    def start(self, state, total_steps):
-        """(state, step) of the checkpoint, or (state, 0) without one; opens the logs there."""
-        if self.overwrite and (self.path / "args.json").exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.args, indent=2)
-        write_file(self.path / "args.json", lambda path: path.write_text(text, "utf-8"))
-        if step := self.checkpoint_step():
-            saved = load_file(self.path / "checkpoint.safetensors")
-            state = jax.tree_util.tree_map_with_path(
-                lambda leaf, _: saved[jax.tree_util.keystr(leaf)], state
-            )
-        self.files = {}
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.path / name
-            lines = path.read_text("utf-8").splitlines(True) if step and path.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            write_file(path, lambda path, kept=kept: path.write_text("".join(kept), "utf-8"))
-            self.files[name] = path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[shown]}")
-        self.bar = Progress(str(self.path), *columns)
-        self.task = self.bar.add_task("", total=total_steps, completed=step, shown="")
-        self.bar.start()
-        self.total_steps, self.samples = total_steps, []
-        return state, step
-
-    def log(self, step, metrics, *shown):
-        """One line in metrics.jsonl and in TensorBoard; the metrics `shown` go to the screen."""
-        metrics = {name: float(value) for name, value in metrics.items()}
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        row = {"step": step, **metrics, **dict.fromkeys(bad)}  # JSON has null, but no NaN
-        self.append("metrics.jsonl", row)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-        self.bar.update(self.task, completed=step, shown=text)
-        if not self.bar.console.is_terminal:
-            print(f"{self.path} step {step}  {text}", flush=True)
-        if bad:
-            self.bar.stop()
-            cause = "usually --learning-rate is too high or --warmup-steps too low"
-            fail(f"{bad[0]} is not finite at step {step}; {cause}")
-
-    def log_samples(self, step, rows):
-        """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
-        self.samples = rows
-        for row in rows:
-            self.append("samples.jsonl", {"step": step, **row})
-
-    def append(self, name, row):
-        self.files[name].write(json.dumps(row) + "\n")
-        self.files[name].flush()
-
-    def due(self, step, *every):
-        """Whether one of these intervals ends at this step; the last step ends all of them."""
-        return step == self.total_steps or any(step % interval == 0 for interval in every)
-
-    def save(self, step, state):
-        """Writes the train state, whole or not at all; the step stands in the file's header."""
-        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-        tensors = {jax.tree_util.keystr(leaf): jnp.asarray(value) for leaf, value in leaves}
-        path, header = self.path / "checkpoint.safetensors", {"step": str(step)}
-        write_file(path, lambda path: save_file(tensors, path, header))
-
-    def checkpoint_step(self):
-        """The step of the last checkpoint, 0 without one."""
-        path = self.path / "checkpoint.safetensors"
-        return int(safe_open(path, "flax").metadata()["step"]) if path.exists() else 0
-
-    def finish(self):
-        """Shows the last samples, and gives the terminal back."""
-        if hasattr(self, "bar"):
-            self.bar.stop()
-            self.writer.close()
-            for row in self.samples[:4]:
-                print("  ".join(str(value) for value in row.values()))
-
-    def interrupt(self, *_):
-        """Ctrl-C."""
-        self.finish()
-        step = self.checkpoint_step()
-        print(f"\nstopped; the last checkpoint is of step {step}, and --resume goes on from there")
-        raise SystemExit(130)
-
-
-# -------------------------------------------------------------------------------------- generation
-
-
-@functools.partial(jax.jit, static_argnums=(1, 5, 6, 7, 8, 9, 10))
-def generate(
-    params,
-    config,
-    tokens,
-    mask,
-    key,
-    max_new_tokens,
-    temperature,
-    eos_id,
-    pad_id=0,
-    num_samples=1,
-    filter_logits=None,
-):
-    """Samples from the policy with a cache of keys and values, until every row has ended.
-
-    tokens, mask: [B, P], padded on the left. Returns tokens, mask [N, P + R] and logprobs [N, R]
-    with N = B * num_samples, the samples of one prompt side by side, R = max_new_tokens; after a
-    row's EOS they are pad_id, 0 and 0. logprobs are those of log_softmax(logits / temperature)
-    over the whole vocabulary, before filter_logits ([N, V] -> [N, V]) takes anything away.
-    At temperature 0 the likeliest token is taken, and logprobs are those at temperature 1.
-    """
-    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
-    if config.n_positions < P + R:
-        raise ValueError(f"{P} + {R} tokens do not fit into {config.n_positions} positions")
-    model = functools.partial(GPT2(config).apply, {"params": params})
-    cache_shape = (B, config.n_head, P + R, config.n_embd // config.n_head)
-    cache = [(jnp.zeros(cache_shape, config.dtype),) * 2 for _ in range(config.n_layer)]
-    mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
-    logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
-    tokens = jnp.pad(tokens, ((0, 0), (0, R)), constant_values=pad_id)  # [B, P + R]
-    # Each prompt is read once; from here on every sample is a row of its own.
-    prefilled = (tokens, mask, logits, cache)
-    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
-
-    def not_all_ended(carry):
-        step, ended = carry[:2]
-        return (step < R) & ~jnp.all(ended)
-
-    def one_token(carry):
-        step, ended, logprobs, tokens, mask, logits, cache = carry
-        logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
-        filtered = filter_logits(logits) if filter_logits else logits
-        if temperature == 0:
-            token = jnp.argmax(filtered, axis=-1)  # [N]
-        else:  # by the inverse of the distribution function: one random number a row, not V
-            cumulative = jnp.cumsum(jax.nn.softmax(filtered), axis=-1)  # [N, V]
-            cumulative = jnp.where(filtered > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-            uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
-            threshold = uniform * cumulative.max(axis=-1, keepdims=True)
-            token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
-        token = jnp.where(ended, pad_id, token)
-        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
-        tokens = tokens.at[:, P + step].set(token)
-        mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
-        logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
-        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
-
-    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
-    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(not_all_ended, one_token, carry)
-    return tokens, mask, logprobs
-
-
 # ------------------------------------------------------------------------------------------ losses
-
-
-def token_logprobs(logits, tokens):
-    """log_softmax(logits) at `tokens`: [..., V], [...] -> [...], in float32 at least.
-
-    As a logit minus a logsumexp, so that no [..., V] log-softmax is kept for the backward pass.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
 
 
 def cross_entropy_loss(logits, targets, mask):
@@ -736,66 +109,24 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def learning_rate_at(step, peak, warmup_steps, total_steps):
-    """Linear from 0 to `peak` in warmup_steps, then linear to 0 at total_steps."""
-    rising = (step + 1) / max(warmup_steps, 1)
-    falling = (total_steps - step) / max(total_steps - warmup_steps, 1)
-    return peak * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
-
-
-def make_optimizer(args, total_steps):
-    """(AdamW after clipping by the global norm, its schedule); biases and norms do not decay."""
-    schedule = functools.partial(
-        learning_rate_at,
-        peak=args.learning_rate,
-        warmup_steps=args.warmup_steps,
-        total_steps=total_steps,
-    )
-    matrices = functools.partial(
-        jax.tree_util.tree_map_with_path, lambda leaf, _: leaf[-1].key in ("kernel", "embedding")
-    )
-    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw), schedule
-
-
 def make_state(params, optimizer):
     """A state that shares no buffer with `params`: train_step gives its buffers away."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, jax.jit(optimizer.init)(params))
 
 
-def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metric_counts=None):
-    """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
-
-    loss_fn(params, micro_batch) -> (loss, metrics), each a mean over tokens (or sequences); counts
-    [B] says how many of them each row has, metric_counts the same of the metrics, where these are
-    means over something else. Weighting a micro-batch by its share gives the whole batch's mean; a
-    mean of means would favour the short rows.
-    """
-
-    def split(x):  # [B, …] -> [M, B / M, …]
-        return x.reshape(-1, micro_batch_size, *x.shape[1:])
-
-    def shares(counts):  # [B] -> [M]
-        return split(counts).sum(axis=1) / jnp.maximum(counts.sum(), 1)
-
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def add(total, part):
-        micro_batch, share, metric_share = part
-        (loss, metrics), grads = value_and_grad(params, micro_batch)
-        loss, grads = jax.tree.map(lambda x: share * x, (loss, grads))
-        metrics = jax.tree.map(lambda x: metric_share * x, metrics)
-        return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
-
-    micro_batches = jax.tree.map(split, batch)
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, first))
-    metric_shares = shares(counts if metric_counts is None else metric_counts)
-    return jax.lax.scan(add, zeros, (micro_batches, shares(counts), metric_shares))[0]
+def make_batch(rows, max_length, train_on_prompt=False):
+    """[[prompt, completion], …] -> {"tokens", "mask", "loss_mask"}, [B, T] each."""
+    texts = [list(itertools.chain(*row)) for row in rows]
+    tokens, mask = pad_rows(texts, padded_width(max(map(len, texts)), max_length))
+    starts = [0 if train_on_prompt or not row else len(row[0]) for row in rows]
+    loss_mask = mask * (np.arange(mask.shape[1]) >= np.array(starts)[:, None])
+    return {"tokens": tokens, "mask": mask, "loss_mask": loss_mask}
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
+@functools.partial(
+    jax.jit, static_argnames=("config", "optimizer", "args"), donate_argnames="state"
+)
 def train_step(state, batch, config, optimizer, args):
     """One optimizer step on batch: {"tokens", "mask", "loss_mask"}, [B, T] each."""
 
@@ -808,24 +139,12 @@ def train_step(state, batch, config, optimizer, args):
     (_, metrics), grads = accumulate_gradients(
         loss_fn, state.params, batch, counts, args.micro_batch_size
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= {"grad_norm": optax.tree.norm(grads)}
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-# -------------------------------------------------------------------------------------------- main
-
-
-def make_batch(rows, max_length, train_on_prompt=False):
-    """[[prompt, completion], …] -> {"tokens", "mask", "loss_mask"}, [B, T] each."""
-    texts = [list(itertools.chain(*row)) for row in rows]
-    tokens, mask = pad_rows(texts, padded_width(max(map(len, texts)), max_length))
-    starts = [0 if train_on_prompt or not row else len(row[0]) for row in rows]
-    loss_mask = mask * (np.arange(mask.shape[1]) >= np.array(starts)[:, None])
-    return {"tokens": tokens, "mask": mask, "loss_mask": loss_mask}
-
-
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnames="config")
 def eval_step(params, batch, config):
     """The metrics of cross_entropy_loss, and over how many tokens they are means."""
     logits = GPT2(config).apply({"params": params}, batch["tokens"], batch["mask"])[:, :-1]
@@ -846,14 +165,29 @@ def evaluate(params, config, rows, batch_size, max_length):
     return {f"eval/{name}": total / count for name, total in sums.items()}
 
 
+# -------------------------------------------------------------------------------------------- main
+
+
+def encode_texts(rows, tokenizer, eos_id, max_completion_length):
+    """Plain texts, EOS before and after, as encode_rows has rows: pieces after the token before."""
+    encoded = []
+    for row in rows:
+        ids = [eos_id, *tokenizer.encode_ordinary(row["text"]), eos_id]
+        for i in range(1, len(ids), max_completion_length):
+            encoded.append((row, [ids[i - 1 : i], ids[i : i + max_completion_length]]))
+    return encoded
+
+
 def main(args):
+    check_ranges(args)
     run = RunFolder(args)
+
     tokenizer = load_tokenizer(args.model or args.tokenizer)
     if args.model:
         config, params = load_model(args.model)
-        if "score" in params:
-            fail(f"{args.model} is a reward model, not a language model")
+        check("score" not in params, f"{args.model} is a reward model, not a language model")
     else:
+        special = tokenizer.special_tokens_set
         config = GPT2Config(
             vocab_size=tokenizer.n_vocab,
             n_positions=args.n_positions,
@@ -861,53 +195,52 @@ def main(args):
             n_layer=args.n_layer,
             n_head=args.n_head,
             initializer_range=0.02 * (768 / args.n_embd) ** 0.5,  # 0.02 is for GPT-2's width
-            eos_token_id=tokenizer.eot_token,
-            pad_token_id=tokenizer._special_tokens.get("<|pad|>"),
+            pad_token_id=tokenizer.encode_single_token("<|pad|>") if "<|pad|>" in special else None,
         )
         one = jnp.ones((1, 1), jnp.int32)
         params = jax.jit(GPT2(config).init)(stream_key(args.seed, "init", 0), one, one)["params"]
-    config = dataclasses.replace(config, remat=args.remat)
     eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
-    max_length = args.max_prompt_length + args.max_completion_length
-    check_sizes(config, tokenizer, max_length)
+    config = dataclasses.replace(config, eos_token_id=eos_id, remat=args.remat)
 
     def load_rows(path):
-        rows = read_jsonl(path, {"prompt", "completion"}, {"text"})
-        texts = [row for row in rows if "completion" not in row]
-        pairs = [row for row in rows if "completion" in row]
-        lengths = (args.max_prompt_length, args.max_completion_length)
-        _, encoded = encode_rows(pairs, ["completion"], tokenizer, eos_id, *lengths)
-        return encoded + encode_texts(texts, tokenizer, eos_id, args.max_completion_length)
+        rows = read_jsonl(path, ["prompt", "completion"], instead="text")
+        texts = [row for row in rows if "text" in row]
+        rows = [row for row in rows if "text" not in row]
+        encoded = encode_rows(rows, ["completion"], tokenizer, eos_id, args)
+        encoded += encode_texts(texts, tokenizer, eos_id, args.max_completion_length)
+        return [ids for _, ids in encoded]  # [[prompt, completion], …]
 
     rows, eval_rows = load_rows(args.dataset), load_rows(args.eval_dataset)
-    check_batch_sizes(len(rows), args.batch_size, args.micro_batch_size)
+
+    check_sizes(config, tokenizer, args)
+    check(args.temperature > 0, "--temperature must be above 0")
+    fits = args.batch_size % args.micro_batch_size == 0
+    check(fits, f"--micro-batch-size does not divide --batch-size {args.batch_size}")
+    check(args.batch_size <= len(rows), f"--batch-size is above the {len(rows)} rows")
+
+    max_length = args.max_prompt_length + args.max_completion_length
     lengths = [sum(map(len, row)) for row in rows]
     batches = length_batches(lengths, args.batch_size, args.epochs, args.seed)
-    optimizer, schedule = make_optimizer(args, len(batches))
-    state, start = run.start(make_state(params, optimizer), len(batches))
+    total_steps = len(batches)
+    optimizer, schedule = make_optimizer(args, total_steps)
+    state, start = run.start(make_state(params, optimizer), total_steps)
 
     def evaluate_and_sample(step):
         prompts = [row[0] for row in eval_rows[:8]]
-        key, width = stream_key(args.seed, "samples", step), args.max_prompt_length
-        tokens, mask, _ = generate(
-            state.params,
-            config,
-            *pad_rows(prompts, width, left=True),
-            key,
-            args.max_completion_length,
-            args.temperature,
-            eos_id,
-        )
-        texts = decode_responses(tokenizer, tokens, mask, width, eos_id)
+        tokens, mask = pad_rows(prompts, args.max_prompt_length, left=True)
+        key = stream_key(args.seed, "samples", step)
+        sampling = (args.max_completion_length, args.temperature, eos_id)
+        tokens, mask, _ = generate(state.params, config, tokens, mask, key, *sampling)
+        texts = decode_responses(tokenizer, tokens, mask, args.max_prompt_length, eos_id)
         samples = [{"prompt": tokenizer.decode(p), "completion": t} for p, t in zip(prompts, texts)]
         run.log_samples(step, samples)
         return evaluate(state.params, config, eval_rows, args.batch_size, max_length)
 
     if start == 0:
         run.log(0, evaluate_and_sample(0), "eval/loss")
-    for step in range(start + 1, len(batches) + 1):
-        batch = [rows[i] for i in batches[step - 1]]
-        batch = make_batch(batch, max_length, args.train_on_prompt)
+    for step in range(start + 1, total_steps + 1):
+        indices = batches[step - 1]
+        batch = make_batch([rows[i] for i in indices], max_length, args.train_on_prompt)
         started = time.perf_counter()
         state, metrics = train_step(state, batch, config, optimizer, args)
         metrics = jax.device_get(metrics)
@@ -922,6 +255,571 @@ def main(args):
             run.save(step, state)
     run.finish()
     save_model(run.path / "model", config, state.params, args.model or args.tokenizer)
+
+
+# ==================================================================================================
+# The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Hugging Face's names, as in config.json; frozen, so that jit can take it as static."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"  # of the computation; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass instead of keeping it
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its language-model head, which is wte itself unless the config unties it."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+        # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
+        x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
+        if not self.config.tie_word_embeddings:
+            head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
+        table = head.embedding.astype(x.dtype)  # [V, D]
+        x = x[:, logits_from:]  # the head is the largest product of all: only where it is read
+        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        return logits if cache is None else (logits, new_cache)
+
+
+def token_logprobs(logits, tokens):
+    """log_softmax(logits) at `tokens`: [..., V], [...] -> [...], in float32 at least."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # A logit minus a logsumexp: no [..., V] log-softmax is kept for the backward pass.
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+
+
+def trunk(config, tokens, mask, cache=None, column=0):
+    """(hidden states [B, T, D], new cache, wte), with parameters in the caller's own tree."""
+    # Left padding must not count: GPT-2's positions are absolute.
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [B, S]
+    positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)  # [B, T]
+    queries = column + jnp.arange(tokens.shape[1])
+    causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
+    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
+    init = nn.initializers.normal(config.initializer_range)
+    embed = functools.partial(nn.Embed, dtype=config.dtype, embedding_init=init)
+    wte = embed(config.vocab_size, config.n_embd, name="wte")
+    wpe = embed(config.n_positions, config.n_embd, name="wpe")
+    x = wte(tokens) + wpe(positions)  # [B, T, D]
+    x = x.reshape(-1, config.n_embd)  # a 3-D input makes weight gradients 3 times as slow on a CPU
+    block = nn.remat(Block) if config.remat else Block
+    cache = list(cache or [None] * config.n_layer)
+    for i in range(config.n_layer):
+        x, cache[i] = block(config, name=f"h.{i}")(x, visible, cache[i], column)
+    x = nn.LayerNorm(config.layer_norm_epsilon, config.dtype, name="ln_f")(x)
+    return x.reshape(*tokens.shape, config.n_embd), cache, wte
+
+
+class Block(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, visible, cache, column):
+        """x [B * T, D]; visible [B, T, S]; cache: None or (keys, values) [B, H, S, D/H] each."""
+        norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, self.config.dtype)
+        y, cache = Attention(self.config, name="attn")(norm(name="ln_1")(x), visible, cache, column)
+        x = x + y
+        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x)), cache
+
+
+class Attention(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, visible, cache, column):
+        (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
+        # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
+        qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, H, T, D/H] each
+        if cache is not None:  # [B, H, S, D/H] each, of which T columns are new
+            k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, column, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, column, 0))
+        attention = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+        attention = jnp.where(visible[:, None], attention * (D // H) ** -0.5, -1e9)
+        attention = jax.nn.softmax(attention).astype(v.dtype)  # [B, H, T, S]
+        y = jnp.einsum("bhts,bhsd->bthd", attention, v).reshape(x.shape)
+        return dense(self.config, D, "c_proj", residual=True)(y), (k, v)
+
+
+class MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = jax.nn.gelu(dense(self.config, 4 * x.shape[-1], "c_fc")(x))  # [B * T, 4D]
+        return dense(self.config, x.shape[-1], "c_proj", residual=True)(hidden)
+
+
+def dense(config, features, name, residual=False):
+    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
+    init = nn.initializers.normal(config.initializer_range * scale)
+    return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_new_tokens", "temperature", "eos_id", "num_samples")
+)
+def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos_id, num_samples=1):
+    """Samples until every row has ended: (tokens, mask [N, P + R], logprobs [N, R]).
+
+    tokens, mask: prompts [B, P], padded on the left. N = B * num_samples, those of one prompt side
+    by side; R = max_new_tokens. logprobs are those of log_softmax(logits / temperature). After a
+    row's EOS all three are 0.
+    """
+    (B, P), R, N = tokens.shape, max_new_tokens, len(tokens) * num_samples
+    assert config.n_positions >= P + R, (P, R, config.n_positions)
+    model = functools.partial(GPT2(config).apply, {"params": params})
+    cache_shape = (B, config.n_head, P + R, config.n_embd // config.n_head)
+    cache = [(jnp.zeros(cache_shape, config.dtype),) * 2 for _ in range(config.n_layer)]
+    mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
+    logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
+
+    def unfinished(carry):
+        return (carry[0] < R) & ~jnp.all(carry[1])
+
+    def one_token(carry):
+        step, ended, logprobs, tokens, mask, logits, cache = carry
+        logits = logits[:, 0] / temperature  # [N, V]
+        # By the inverse of the distribution function: one random number a row, not V.
+        cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
+        uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
+        threshold = uniform * cumulative.max(axis=-1, keepdims=True)
+        token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
+        token = jnp.where(ended, 0, token)
+        logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
+        tokens = tokens.at[:, P + step].set(token)
+        mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
+        logits, cache = model(token[:, None], mask, cache=cache, column=P + step)
+        return step + 1, ended | (token == eos_id), logprobs, tokens, mask, logits, cache
+
+    carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
+    _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(unfinished, one_token, carry)
+    return tokens, mask, logprobs
+
+
+def stream_key(seed, name, step):
+    """The random key of a named stream at a step: a resumed run needs no stored randomness."""
+    stream = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return jax.random.fold_in(stream, step)
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+def make_optimizer(args, total_steps):
+    """(clipping, then AdamW; its schedule: a linear rise, then a linear fall to 0)."""
+    warmup = max(args.warmup_steps, 1)
+    rise = optax.linear_schedule(args.learning_rate / warmup, args.learning_rate, warmup - 1)
+    fall = optax.linear_schedule(args.learning_rate, 0.0, total_steps - warmup)
+    schedule = optax.join_schedules([rise, fall], [warmup])
+
+    def decays(params):  # matrices, no biases and no norms
+        return jax.tree.map_with_path(lambda p, _: p[-1].key in ("kernel", "embedding"), params)
+
+    adamw = optax.adamw(schedule, weight_decay=args.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw), schedule
+
+
+def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metric_counts=None):
+    """((loss, metrics), gradient) of a whole batch from micro-batches, in one scan.
+
+    loss_fn(params, micro_batch) -> (loss, metrics), means over tokens; counts [B] says over how
+    many in each row (metric_counts: those of the metrics). A micro-batch counts by its share of
+    them: a mean of means would favour the short rows.
+    """
+    metric_counts = counts if metric_counts is None else metric_counts
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def split(x):  # [B, …] -> [M, B / M, …]
+        return x.reshape(-1, micro_batch_size, *x.shape[1:])
+
+    def add(total, part):
+        micro_batch, count, metric_count = part
+        share = count.sum() / jnp.maximum(counts.sum(), 1)
+        metric_share = metric_count.sum() / jnp.maximum(metric_counts.sum(), 1)
+        (loss, metrics), grads = value_and_grad(params, micro_batch)
+        loss, grads = jax.tree.map(lambda x: share * x, (loss, grads))
+        metrics = jax.tree.map(lambda x: metric_share * x, metrics)
+        return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
+
+    parts = jax.tree.map(split, (batch, counts, metric_counts))
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts[0]))
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+# ------------------------------------------------------------------------------------ model folder
+
+# What a model folder takes over from the one that it came from.
+KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
+
+
+def find_model(name):
+    """The local folder of a model: `name` itself, else the hub's model of that name."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    script = f"{folder.parent.name}.py"
+    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
+    except Exception as error:  # offline, no such model, not public: the hub's words say which
+        fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
+
+
+def hf_name_and_shape(path, shape):
+    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
+    if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
+        shape = (*shape[:-3], math.prod(shape[-3:]))
+    return name, shape[::-1] if "score" in path else shape
+
+
+def load_model(folder):
+    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
+    folder = find_model(folder)
+    saved = {"model_type": None} | read_json(folder / "config.json")
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True}
+    wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for name, value in wanted.items():
+        found = saved.get(name, value)
+        check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
+    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
+    config = GPT2Config(**{name: saved[name] for name in names & saved.keys()})
+
+    file = folder / "model.safetensors"
+    check(file.exists(), f"{folder} has no model.safetensors: save it anew with transformers 5")
+    tensors = safetensors.flax.load_file(file)
+    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    one = jnp.zeros((1, 1), jnp.int32)
+    likes = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
+    if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
+        likes.pop(("lm_head", "embedding"), None)
+        likes["score", "kernel"] = jnp.zeros((config.n_embd, 1))
+    params = {}
+    for path, like in likes.items():
+        name, shape = hf_name_and_shape(path, like.shape)
+        found = tensors[name].shape if name in tensors else "missing"
+        check(found == shape, f"{file}: {name} should have shape {shape}, but is {found}")
+        params[path] = tensors[name].astype(jnp.float32).reshape(like.shape)
+    return config, unflatten_dict(params)
+
+
+def save_model(folder, config, params, source, **more):
+    """Writes a Hugging Face folder; tokenizer and the rest of config.json as in `source`."""
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for pattern in KEPT_FILES:
+        for file in find_model(source).glob(pattern):
+            shutil.copyfile(file, building / file.name)
+    file = building / "config.json"
+    saved = read_json(file) if file.exists() else {}
+    saved = {"bos_token_id": config.eos_token_id} | saved | dataclasses.asdict(config) | more
+    saved |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    saved |= dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)
+    if "score" in params:  # one label; transformers assumes two
+        saved["architectures"] = ["GPT2ForSequenceClassification"]
+        saved |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    write_file(file, json.dumps(saved, indent=2).encode())
+    tensors = {}
+    for path, x in flatten_dict(params).items():
+        name, shape = hf_name_and_shape(path, x.shape)
+        prefix = "" if path[0] in ("lm_head", "score") else "transformer."
+        tensors[prefix + name] = jnp.asarray(x, jnp.float32).reshape(shape)
+    content = safetensors.flax.save(tensors, {"format": "pt"})  # transformers wants a framework
+    write_file(building / "model.safetensors", content)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(building, folder)
+
+
+# ------------------------------------------------------------------------------ tokenizer and data
+
+
+def load_tokenizer(folder):
+    """The tiktoken.Encoding of a model folder; fails on what tiktoken cannot express."""
+    folder = find_model(folder)
+    if (folder / "tokenizer.json").exists():
+        saved = read_json(folder / "tokenizer.json")
+        model, split = saved["model"], saved.get("pre_tokenizer") or {}
+        byte_level = model.get("type", "BPE") == "BPE" and split.get("type") == "ByteLevel"
+        usual = split.get("use_regex", True) and not split.get("add_prefix_space")
+        usual = byte_level and usual and not saved.get("normalizer")
+        check(usual, f"{folder}: only byte-level BPE, no normalizer, no prefix space")
+        vocabulary, merges = model["vocab"], model["merges"]
+        added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+    else:
+        vocabulary, added = read_json(folder / "vocab.json"), {}
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+    # The files write each byte as a printable character: itself, or one of those from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    plain = dict.fromkeys([*characters, *map("".join, pairs)])
+    # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
+    lacking = [token for token in plain if token not in vocabulary]
+    check(not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
+    ids = [vocabulary[token] for token in plain]
+    check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
+    ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
+    special = {token: i for token, i in vocabulary.items() if token not in plain} | added
+    # The pattern is GPT-2's: where to cut a text before the merges begin.
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    return tiktoken.Encoding("BPE", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def check_sizes(config, tokenizer, args):
+    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    ids, rows = tokenizer.max_token_value + 1, config.vocab_size
+    check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
+    length = args.max_prompt_length + args.max_completion_length
+    longer = f"--max-prompt-length + --max-completion-length are {length} tokens"
+    check(length <= config.n_positions, f"{longer}, the model has {config.n_positions} positions")
+
+
+def pad_rows(rows, width, left=False):
+    """Lists of ids to (tokens, mask), int32 [B, width] each; zeros on the right, or on the left."""
+    tokens, mask = np.zeros((2, len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, columns] = row
+        mask[i, columns] = 1
+    return tokens, mask
+
+
+def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
+    """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
+    tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
+    # Some models have more rows in wte than there are tokens; such an id is no text.
+    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
+    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
+
+
+def read_jsonl(path, fields, instead=None):
+    """Rows of JSON Lines (or .gz) with texts in `fields`, or in `instead`; prompts may be empty."""
+    check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
+    rows = []
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number} is not JSON: {error}")
+            check(isinstance(row, dict), f"{path}, line {number} is not an object")
+            for name in [instead] if instead in row else fields:
+                good = isinstance(row.get(name), str) and (row[name] or name == "prompt")
+                check(good, f'{path}, line {number}: "{name}" is missing, empty or not a string')
+            rows.append(row)
+    check(rows, f"{path} holds no rows")
+    return rows
+
+
+def encode_rows(rows, answers, tokenizer, eos_id, args):
+    """[(row, [ids of the prompt, ids of each of its `answers`, …])] of the rows that fit."""
+    # An answer without its EOS would teach not to stop: a row that is too long is dropped.
+    kept = []
+    for row in rows:
+        prompt = tokenizer.encode_ordinary(row["prompt"]) or [eos_id]
+        texts = [[*tokenizer.encode_ordinary(row[name]), eos_id] for name in answers]
+        longest = max(map(len, texts), default=0)
+        if len(prompt) <= args.max_prompt_length and longest <= args.max_completion_length:
+            kept.append((row, [prompt, *texts]))
+    longer = f"longer than --max-prompt-length {args.max_prompt_length}"
+    longer += f" or --max-completion-length {args.max_completion_length}"
+    check(kept or not rows, f"all {len(rows)} rows are {longer}")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped: {longer}")
+    return kept
+
+
+def length_batches(lengths, batch_size, epochs, seed):
+    """Row numbers [steps, batch_size]: batches of like lengths, without what fills no batch."""
+    batches = []
+    for epoch in range(epochs):
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
+        order = order[np.argsort(np.asarray(lengths)[order], kind="stable")]
+        batches.append(rng.permutation(order.reshape(-1, batch_size)))
+    return np.concatenate(batches)
+
+
+def padded_width(longest, max_length):
+    """`longest` rounded up to a quarter of max_length: four shapes at most to compile."""
+    quarter = -(-max_length // 4)
+    return -(-longest // quarter) * quarter
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+
+def fail(message):
+    """Bad input ends a script with one line and exit status 2, as a wrong flag does."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(condition, message):
+    """Fails with the message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+def read_json(path):
+    """What a JSON file holds; fails where it is missing or broken."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path}: {error}")
+
+
+def write_file(path, content):
+    """Replaces a file by these bytes: whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def check_ranges(args):
+    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    for name, value in vars(args).items():
+        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
+        good = type(value) is not int or value >= lowest
+        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+
+
+class RunFolder:
+    """args.json, metrics.jsonl, TensorBoard, samples.jsonl, checkpoint.safetensors, then model/."""
+
+    def __init__(self, args):
+        self.path = Path(args.run_dir)
+        self.args = json.loads(json.dumps(vars(args)))  # as they come back from args.json
+        resume = self.args.pop("resume")
+        self.overwrite = self.args.pop("overwrite")
+        signal.signal(signal.SIGINT, self.interrupt)
+        if not (self.path / "args.json").exists():
+            check(not any(self.path.glob("*")), f"{self.path} is no run: pass another --run-dir")
+        elif self.overwrite:
+            for value in [*self.args.values(), *self.args.get("reward", [])]:
+                place = Path(str(value).split(":")[0]).resolve()
+                inside = place.is_relative_to(self.path.resolve()) and value != args.run_dir
+                check(not inside, f"--overwrite would remove {value}, from which this run reads")
+        else:
+            ways = "pass --resume, --overwrite or another --run-dir"
+            check(resume, f"{self.path} holds a run: {ways}")
+            before = read_json(self.path / "args.json")
+            changed = [k for k in before | self.args if before.get(k) != self.args.get(k)]
+            check(not changed, f"{self.path} was begun with other values of {', '.join(changed)}")
+            if (self.path / "model").exists():
+                print(f"{self.path} is finished: its model is {self.path / 'model'}")
+                raise SystemExit(0)
+
+    def start(self, state, total_steps):
+        """(state, step) of the checkpoint, or (state, 0) without one; opens the logs there."""
+        if self.overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
+        step = self.checkpoint_step()
+        if step:
+            saved = safetensors.flax.load_file(self.path / "checkpoint.safetensors")
+            state = jax.tree.map_with_path(lambda path, _: saved[jax.tree_util.keystr(path)], state)
+        for log in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            lines = log.read_bytes().splitlines(True) if step and log.exists() else []
+            kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
+            write_file(log, b"".join(kept))
+        self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
+        self.bar = Progress()
+        self.task = self.bar.add_task(str(self.path), total=total_steps, completed=step)
+        self.bar.start()
+        self.total_steps = total_steps
+        self.samples = []
+        return state, step
+
+    def log(self, step, metrics, *shown):
+        """One line in metrics.jsonl and in TensorBoard; the metrics `shown` go to the screen."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        row = {"step": step, **metrics, **dict.fromkeys(bad)}  # JSON has null, but no NaN
+        self.append("metrics.jsonl", row)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        values = [f"  {name} {metrics[name]:.4g}" for name in shown if name in metrics]
+        text = f"{self.path} step {step}{''.join(values)}"
+        self.bar.update(self.task, completed=step, description=text)
+        if not self.bar.console.is_terminal:
+            print(text, flush=True)
+        if bad:
+            self.bar.stop()
+            fail(f"{bad[0]} is not finite at step {step}: is --learning-rate too high?")
+
+    def log_samples(self, step, rows):
+        """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
+        self.samples = rows
+        for row in rows:
+            self.append("samples.jsonl", {"step": step, **row})
+
+    def append(self, name, row):
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def due(self, step, *every):
+        """Whether one of these intervals ends at this step; the last step ends all of them."""
+        return step == self.total_steps or any(step % interval == 0 for interval in every)
+
+    def save(self, step, state):
+        """Writes the train state, whole or not at all; the step stands in the file's header."""
+        tensors = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+        content = safetensors.flax.save(tensors, {"step": str(step)})
+        write_file(self.path / "checkpoint.safetensors", content)
+
+    def checkpoint_step(self):
+        """The step of the last checkpoint, 0 without one."""
+        path = self.path / "checkpoint.safetensors"
+        return int(safetensors.safe_open(path, "np").metadata()["step"]) if path.exists() else 0
+
+    def finish(self):
+        """Shows the last samples, and gives the terminal back."""
+        if hasattr(self, "bar"):
+            self.bar.stop()
+            self.writer.close()
+            for row in self.samples[:4]:
+                print("  ".join(str(value) for value in row.values()))
+
+    def interrupt(self, *_):
+        self.finish()
+        print(f"\nstopped; --resume goes on from the checkpoint of step {self.checkpoint_step()}")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

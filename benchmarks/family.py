@@ -42,7 +42,7 @@ def main():
     ones, key = np.ones_like(prompts), jax.random.key(0)
 
     def sample(prompts, mask, num_samples):
-        return grpo.generate(params, config, prompts, mask, key, NEW, 1.0, -1, 0, num_samples)
+        return grpo.generate(params, config, prompts, mask, key, NEW, 1.0, -1, num_samples)
 
     few = slice(0, BATCH // GROUP)
     seconds = alternate(
@@ -75,13 +75,14 @@ def main():
     optimizer, _ = grpo.make_optimizer(args, 1000)
     state = grpo.make_state(params, optimizer, False)
     tokens, mask, logprobs = sample(prompts[few], ones[few], GROUP)
+    response_mask, ended = mask[:, PROMPT:].astype(jnp.float32), np.ones(BATCH, bool)
     scores = jnp.asarray(rng.standard_normal(BATCH), jnp.float32)
 
     def grpo_update():
         nonlocal state
-        ref_logprobs, _ = grpo.policy_logprobs(params, config, tokens, mask, PROMPT, 1.0)
-        rollout = (tokens, mask, logprobs, ref_logprobs, scores, np.ones(BATCH, bool))
-        batch, _ = grpo.make_experience(*rollout, args)
+        ref_logprobs = grpo.policy_logprobs(params, config, tokens, mask, PROMPT, 1.0)
+        sampled = grpo.Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended)
+        batch, _ = grpo.make_experience(sampled, scores, args)
         state, metrics = grpo.train_step(state, batch, key, config, optimizer, args)
         return metrics
 

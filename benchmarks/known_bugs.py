@@ -40,15 +40,15 @@ def measure(folder, seed):
     """(gold, KL) of a policy on the held-out prompts, 4 completions each."""
     tokenizer, gold = grpo.load_tokenizer(folder), grpo.load_function("data/reviews.py:sentiment")
     (config, params), (_, ref_params) = grpo.load_model(folder), grpo.load_model("runs/sft/model")
-    rows = grpo.read_jsonl("data/reviews/prompts_test.jsonl", {"prompt"})
-    rows, ids = zip(*grpo.encode_prompts(rows, tokenizer, config.eos_token_id, 16))
+    rows = grpo.read_jsonl("data/reviews/prompts_test.jsonl", ["prompt"])
+    rows = grpo.encode_rows(rows, [], tokenizer, config.eos_token_id, grpo.Args())
     golds, kls = [], []
     for i in range(0, len(rows), 125):
-        prompts, key = grpo.pad_rows(ids[i : i + 125], 16, left=True), grpo.stream_key(seed, "", i)
-        sampling = (48, 1.0, config.eos_token_id, 0, 4)
+        asked = [row["prompt"] for row, _ in rows[i : i + 125] for _ in range(4)]
+        prompts = grpo.pad_rows([ids[0] for _, ids in rows[i : i + 125]], 16, left=True)
+        key, sampling = grpo.stream_key(seed, "", i), (48, 1.0, config.eos_token_id, 4)
         tokens, mask, _ = grpo.generate(params, config, *prompts, key, *sampling)
         texts = grpo.decode_responses(tokenizer, tokens, mask, 16, config.eos_token_id)
-        asked = [row["prompt"] for row in rows[i : i + 125] for _ in range(4)]
         golds.append(gold(asked, texts))
         models = (params, ref_params, (config, config))
         kls.append(evaluate.sequence_kl(*models, tokens, mask, 16, 1.0))

@@ -45,7 +45,7 @@ RUNS = {  # name: (dtype, loss scaling)
 def review_batches(steps, rows=ROWS, length=LENGTH):
     """`steps` batches of running text: reviews one after another, an EOS after each."""
     tokenizer = script.load_tokenizer(REVIEWS / "tokenizer")
-    texts = script.read_jsonl(REVIEWS / "sft_train.jsonl", {"prompt", "completion"})
+    texts = script.read_jsonl(REVIEWS / "sft_train.jsonl", ["prompt", "completion"])
     encode, eos_id = tokenizer.encode_ordinary, tokenizer.eot_token
     ids = [i for row in texts for i in [*encode(row["prompt"] + row["completion"]), eos_id]]
     tokens = np.resize(np.array(ids, np.int32), (steps, rows, length))
@@ -184,7 +184,7 @@ def show_overflow(params, config, batches):
 def show_log_ratios(params, config):
     print("\n4. log p as sampled - log p in float32: std over 512 sequences, mean ratio")
     tokenizer = script.load_tokenizer(REVIEWS / "tokenizer")
-    prompts = script.read_jsonl(REVIEWS / "prompts_test.jsonl", {"prompt"})[:64]
+    prompts = script.read_jsonl(REVIEWS / "prompts_test.jsonl", ["prompt"])[:64]
     ids = [tokenizer.encode_ordinary(row["prompt"]) for row in prompts]
     tokens, mask = script.pad_rows(ids, 16, left=True)
     for length, eos_id in ((10, -1), (48, tokenizer.eot_token)):

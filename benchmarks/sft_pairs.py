@@ -23,17 +23,17 @@ from data import reviews
 def main():
     model, source = "runs/sft/model", "data/reviews/preferences_train.jsonl"
     tokenizer, (config, params) = dpo.load_tokenizer(model), dpo.load_model(model)
-    rows = dpo.read_jsonl(source, {"prompt", "chosen", "rejected"})
-    _, ids = dpo.encode_rows(rows, [], tokenizer, config.eos_token_id, 16, 48)
+    rows = dpo.read_jsonl(source, ["prompt", "chosen", "rejected"])
+    rows = dpo.encode_rows(rows, [], tokenizer, config.eos_token_id, dpo.Args())
     rng, folder = random.Random(0), Path("runs/sft_pairs")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "preferences_train.jsonl").open("w", encoding="utf-8") as file:
         for i in range(0, len(rows), 125):
-            prompts = dpo.pad_rows([prompt for (prompt,) in ids[i : i + 125]], 16, left=True)
-            key, sampling = dpo.stream_key(0, "pairs", i), (48, 1.0, config.eos_token_id, 0, 2)
+            prompts = dpo.pad_rows([ids[0] for _, ids in rows[i : i + 125]], 16, left=True)
+            key, sampling = dpo.stream_key(0, "pairs", i), (48, 1.0, config.eos_token_id, 2)
             tokens, mask, _ = dpo.generate(params, config, *prompts, key, *sampling)
             texts = dpo.decode_responses(tokenizer, tokens, mask, 16, config.eos_token_id)
-            for row, answers in zip(rows[i : i + 125], zip(texts[::2], texts[1::2])):
+            for (row, _), answers in zip(rows[i : i + 125], zip(texts[::2], texts[1::2])):
                 if not all(answers):
                     continue
                 first, second = reviews.sentiment([row["prompt"]] * 2, answers)

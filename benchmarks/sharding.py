@@ -60,7 +60,7 @@ def compile_train_step(size, devices):
         return shared | {"logprobs": logprobs, "ref_logprobs": logprobs, "advantages": scores}
 
     state, batch, key = jax.eval_shape(lambda: (new_state(), new_batch(), jax.random.key(0)))
-    _, train_step = sharded.jit_on_mesh(mesh, sharded.shardings(state, mesh))
+    _, _, train_step = sharded.jit_on_mesh(mesh, sharded.shardings(state, mesh))
     lowered = train_step.lower(state, batch, key, config, optimizer, args, mesh)
     return lowered.compile(), sum(x.size for x in jax.tree.leaves(state.params))
 
@@ -81,7 +81,7 @@ def memory_table():
 def compare_tokens(folder):
     config, params = sharded.load_model(folder)
     tokenizer = sharded.load_tokenizer(folder)
-    rows = sharded.read_jsonl("data/reviews/prompts_train.jsonl", {"prompt"})[:32]
+    rows = sharded.read_jsonl("data/reviews/prompts_train.jsonl", ["prompt"])[:32]
     ids = [tokenizer.encode_ordinary(row["prompt"]) for row in rows]
     prompts = sharded.pad_rows(ids, 16, left=True)
     one_device = None
@@ -89,19 +89,19 @@ def compare_tokens(folder):
         devices = np.array(jax.devices()[: np.prod(sizes)])
         mesh = Mesh(devices.reshape(sizes), ("data", "fsdp", "tensor"))
         split = sharded.shardings(params, mesh)
-        sample, _ = sharded.jit_on_mesh(mesh, sharded.TrainState(split, None, None))
+        sample, _, _ = sharded.jit_on_mesh(mesh, sharded.TrainState(split, None, None))
         weights = jax.tree.map(sharded.put, params, split)
         by_rows = NamedSharding(mesh, sharded.BATCH)
         tokens, mask = (sharded.put(x, by_rows) for x in prompts)
         found = []
         for seed in range(20):
-            key, sampling = jax.random.key(seed), (48, 1.0, tokenizer.eot_token, 0, 8)
+            key, sampling = jax.random.key(seed), (48, 1.0, tokenizer.eot_token, 8)
             sampled = sample(weights, weights, config, tokens, mask, key, sampling, mesh)
             found.append([np.asarray(x) for x in sampled])
-        found = [np.concatenate(x) for x in zip(*found)]  # tokens, mask, logprobs twice
+        found = [np.concatenate(x) for x in zip(*found)]  # as in a Rollout
         one_device = one_device or found
         same = (found[0] == one_device[0]).all(axis=1)
-        error = np.abs(found[2] - one_device[2])[same].max()
+        error = np.abs(found[3] - one_device[3])[same].max()
         print(f"{sizes}: {np.sum(~same)} of {len(same)} differ; log-probabilities by {error:.1e}")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def forget_compiled():
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """A run sets its own handler of Ctrl-C; here it must not outlive the run."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(scope="session")

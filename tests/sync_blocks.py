@@ -1,16 +1,20 @@
 """Keeps copied blocks identical: same name, same text in every script.
 
-    python tests/sync_blocks.py            # names what differs, exit status 1 if anything does
-    python tests/sync_blocks.py --write    # rewrites the copies from their owners
+    python tests/sync_blocks.py                    # shows what differs; exit status 1 if any does
+    python tests/sync_blocks.py --write ppo grpo   # rewrites the copies in ppo.py and grpo.py
 
-A top-level function, class or constant that stands in two scripts is the same text in both. The
-first script in SCRIPTS that has it owns it. What differs by nature stands in DIFFERENT; what only
-one script has otherwise, a function or a part of a class, in DIFFERENT_IN.
+A top-level function, class or constant that stands in two scripts is the same text in both, the
+comment right above it included. The first script in SCRIPTS that has it owns it. What differs by
+nature stands in DIFFERENT; what one script has otherwise, a definition or a part of a class, in
+DIFFERENT_IN. An owner's text is never rewritten, and a copy only where its script is named.
 """
 
+import argparse
 import ast
+import difflib
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order in which they own what they share.
@@ -21,7 +25,6 @@ DIFFERENT = {
     "TrainState": "each algorithm hands something else to its next step",
     "make_state": "makes that TrainState",
     "train_step": "the algorithm",
-    "rollout": "the algorithm",
     "make_batch": "each algorithm learns from something else",
     "make_experience": "each algorithm learns from something else",
     "eval_step": "the algorithm",
@@ -29,7 +32,9 @@ DIFFERENT = {
     "main": "the order of an algorithm's steps",
 }
 DIFFERENT_IN = {
-    ("sharded", "sample"): "gathers the weights",
+    ("gpt2", "generate"): "has top-k, top-p and temperature 0, which training must not use",
+    ("sharded", "rollout"): "puts prompts on the mesh, and gathers the samples",
+    ("sharded", "score"): "each process scores its share",
     ("sharded", "RunFolder.__doc__"): "says who writes what",
     ("sharded", "RunFolder.__init__"): "a run may go on on another mesh; process 0 writes the logs",
     ("sharded", "RunFolder.start"): "reads a checkpoint with Orbax, each process its shards",
@@ -38,18 +43,31 @@ DIFFERENT_IN = {
 }
 
 
-def blocks(path):
-    """{name: (first line, last line, text)} of a script's top-level definitions.
+class Difference(NamedTuple):
+    """A copy that is not what its owner says."""
+
+    name: str
+    owner: str
+    copy: str
+    wanted: str  # the owner's text, with the parts in it that may differ as the copy has them
+    found: str
+
+
+def blocks(script):
+    """{name: (first line, last line, text)} of a script's top-level definitions, counted from 0.
 
     Of a class also its docstring and its methods: Class.__doc__, Class.method.
     """
-    source = path.read_text("utf-8")
+    source = (ROOT / f"{script}.py").read_text("utf-8")
     lines, found = source.splitlines(keepends=True), {}
 
     def add(name, node):
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-        while (above := lines[first - 1].lstrip()).startswith("#") and above[:5] != "# ---":
-            first -= 1  # a comment right above belongs to the block
+        # A comment right above belongs to the block; a section's name and the line's banner do not.
+        while first and (above := lines[first - 1].lstrip()).startswith("#"):
+            if above.startswith(("# ---", "# ===")):
+                break
+            first -= 1
         found[name] = (first, node.end_lineno, "".join(lines[first : node.end_lineno]))
 
     for node in ast.parse(source).body:
@@ -66,42 +84,72 @@ def blocks(path):
     return found
 
 
-def expected(name, owner, path):
-    """The owner's text of a block; the parts of it that may differ, as they stand in `path`."""
-    owned, own = blocks(owner), blocks(path)
-    text = owned[name][2]
-    for script, part in DIFFERENT_IN:
-        if script == path.stem and part.startswith(f"{name}.") and part in own:
-            text = text.replace(owned[part][2], own[part][2])
-    return text
-
-
-def differences():
-    """[(name, owner's path, copy's path)] where the texts differ."""
-    owners, found = {}, []
-    for path in (ROOT / f"{name}.py" for name in SCRIPTS):
-        if not path.exists():
-            continue
-        for name, (_, _, text) in blocks(path).items():
-            if name in DIFFERENT or (path.stem, name) in DIFFERENT_IN or "." in name:
-                continue  # a method is compared with its class
-            owner, owned = owners.setdefault(name, (path, text))
-            if text != owned and text != expected(name, owner, path):
-                found.append((name, owner, path))
+def owners(texts):
+    """{name: script} of every definition that must be the same everywhere."""
+    found = {}
+    for script, own in texts.items():
+        for name in own:
+            if "." not in name and name not in DIFFERENT and (script, name) not in DIFFERENT_IN:
+                found.setdefault(name, script)
     return found
 
 
-def main():
-    write = "--write" in sys.argv[1:]
-    for name, owner, path in differences():
-        print(f"{name}: {path.name} differs from {owner.name}" + (", rewritten" if write else ""))
-        if write:
-            first, last, _ = blocks(path)[name]
-            lines = path.read_text("utf-8").splitlines(keepends=True)
-            lines[first:last] = [expected(name, owner, path)]
-            path.write_text("".join(lines), "utf-8")
-    sys.exit(bool(differences()))
+def differences():
+    """A Difference for each copy with another text than its owner's."""
+    texts = {script: blocks(script) for script in SCRIPTS if (ROOT / f"{script}.py").exists()}
+    found = []
+    for name, owner in owners(texts).items():
+        for script, own in texts.items():
+            if name not in own or (script, name) in DIFFERENT_IN:
+                continue
+            wanted = texts[owner][name][2]
+            for entry, part in DIFFERENT_IN:
+                if entry == script and part.startswith(f"{name}.") and part in own:
+                    wanted = wanted.replace(texts[owner][part][2], own[part][2])
+            if script != owner and own[name][2] != wanted:
+                found.append(Difference(name, owner, script, wanted, own[name][2]))
+    return found
+
+
+def diff(before, after, before_name, after_name):
+    """A unified diff of two texts."""
+    texts = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    return "".join(difflib.unified_diff(*texts, before_name, after_name))
+
+
+def write(difference):
+    """Puts the owner's text in the place of the copy."""
+    path = ROOT / f"{difference.copy}.py"
+    first, last, _ = blocks(difference.copy)[difference.name]
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    lines[first:last] = [difference.wanted]
+    path.write_text("".join(lines), "utf-8")
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words = "rewrite the copies in these scripts from their owners; without a name: none"
+    parser.add_argument("--write", nargs="*", default=[], metavar="SCRIPT", help=words)
+    named = [name.removesuffix(".py") for name in parser.parse_args(arguments).write]
+    if set(named) - set(SCRIPTS):
+        parser.error(f"the scripts are {', '.join(SCRIPTS)}")
+    left = set()
+    for difference in differences():
+        name, owner, copy, wanted, found = difference
+        if copy in named:
+            write(difference)
+            print(f"{name}: {copy}.py has the text of {owner}.py again. What was replaced:")
+            print(diff(found, wanted, f"{copy}.py before", f"{copy}.py now"))
+        else:
+            left.add(copy)
+            print(f"{name}: {copy}.py differs from its owner, {owner}.py")
+            print(diff(wanted, found, f"{owner}.py", f"{copy}.py"))
+            print(f"To have it everywhere: edit {name} in {owner}.py, then --write the copies.\n")
+    if left:
+        copies = " ".join(sorted(left, key=SCRIPTS.index))
+        print(f"To have the owners' text: python tests/sync_blocks.py --write {copies}")
+    return int(bool(left))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,13 +85,6 @@ def rewards(tmp_path):
     path = tmp_path / "my_rewards.py"
     path.write_text(REWARDS)
     return path
-
-
-@pytest.fixture(autouse=True)
-def keep_signals():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -27,6 +27,11 @@ def as_samples(values):
     return np.array([np.repeat(row, counts) for row, counts in zip(values, COUNTS)])
 
 
+def random_params(model, config, seed):
+    one = jnp.ones((1, 1), jnp.int32)
+    return jax.jit(model(config).init)(jax.random.key(seed), one, one)["params"]
+
+
 def closed_form(beta):
     """pi* ~ pi_ref exp(r / beta) itself: (KL, E[r], E[other], log Z) at each prompt."""
     ref = COUNTS / 40
@@ -59,16 +64,12 @@ def test_sequence_kl_agrees_with_the_sampled_log_ratio():
     config = ppo.GPT2Config(
         vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2, initializer_range=0.4
     )
-    one = jnp.ones((1, 1), jnp.int32)
-    params, ref_params = (
-        ppo.GPT2(config).init(jax.random.key(i), one, one)["params"] for i in (0, 1)
-    )
+    params, ref_params = (random_params(ppo.GPT2, config, seed) for seed in (0, 1))
     prompts = ppo.pad_rows([[3, 4, 5], [6]] * 1024, 4, left=True)
     temperature = 1.5
-    tokens, mask, logprobs = ppo.generate(
-        params, config, *prompts, jax.random.key(2), 6, temperature, 0
-    )
-    ref_logprobs, _ = ppo.policy_logprobs(ref_params, config, tokens, mask, 4, temperature)
+    sampling = (jax.random.key(2), 6, temperature, 0)
+    tokens, mask, logprobs = ppo.generate(params, config, *prompts, *sampling)
+    ref_logprobs = ppo.policy_logprobs(ref_params, config, tokens, mask, 4, temperature)
     k1 = np.asarray(((logprobs - ref_logprobs) * mask[:, 4:]).sum(axis=1))
     configs = (config, config)
     kl = np.asarray(evaluate.sequence_kl(params, ref_params, configs, tokens, mask, 4, temperature))
@@ -132,27 +133,24 @@ def test_share_grammatical():
     assert evaluate.share_grammatical(lambda prompts, completions: [], prompts, texts) is None
 
 
-def samples_with(reward, gold, kl):
-    return evaluate.Samples([], reward, gold, kl, kl, kl)
-
-
 def test_describe_shares_of_the_optimum_itself_and_of_the_reference():
+
+    def samples_with(kl, reward, gold):
+        return evaluate.Samples([], reward, gold, kl, kl, kl)
+
     reward, gold, beta = as_samples(REWARDS), as_samples(OTHERS), 2.0
-    ref = samples_with(reward, gold, np.zeros((2, 1)))
-    betas = evaluate.beta_grid(reward)
+    ref = samples_with(np.zeros((2, 1)), reward, gold)
     curves = {
         "gold": evaluate.frontier(gold, evaluate.beta_grid(gold)),
-        "reward": evaluate.frontier(reward, betas, gold),
+        "reward": evaluate.frontier(reward, evaluate.beta_grid(reward), gold),
     }
     best = [x[0][:, None] for x in evaluate.frontier(reward, [beta], gold)]  # [2, 1] each
-    found = evaluate.describe_shares(
-        samples_with(best[1], best[2], best[0]), ref, curves, beta, 1.0
-    )
+    found = evaluate.describe_shares(samples_with(*best), ref, curves, beta, 1.0)
     for name in ("reward", "gold_of_best_reward", "J"):
         assert found[name][0] == pytest.approx(1, abs=0.02)
         assert found[name][2] is True
     assert found["gold"][0] < 1
-    same = samples_with(reward, gold, np.full((2, 1), 0.5))
+    same = samples_with(np.full((2, 1), 0.5), reward, gold)
     found = evaluate.describe_shares(same, ref, curves, None, 0.4)
     assert found.keys() == {"gold", "reward", "gold_of_best_reward"}
     for share, _, trusted in found.values():
@@ -207,34 +205,21 @@ def folders(tmp_path_factory):
     """Tiny random models: reference, its copy, another policy, a reward model."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = ROOT / "data" / "reviews" / "tokenizer"
-    config = ppo.GPT2Config(vocab_size=1408, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    sizes = {"vocab_size": 1408, "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 2}
     eos_id = ppo.load_tokenizer(tokenizer).eot_token
-    config = dataclasses.replace(config, eos_token_id=eos_id, initializer_range=0.3)
-    one = jnp.ones((1, 1), jnp.int32)
-    for name, model, seed in (
-        ("ref", ppo.GPT2, 0),
-        ("copy", ppo.GPT2, 0),
-        ("policy", ppo.GPT2, 1),
-        ("reward", ppo.RewardModel, 2),
-    ):
-        params = model(config).init(jax.random.key(seed), one, one)["params"]
-        ppo.save_model(folder / name, config, params, tokenizer)
+    config = ppo.GPT2Config(**sizes, eos_token_id=eos_id, initializer_range=0.3)
+    for name, seed in {"ref": 0, "copy": 0, "policy": 1, "reward": 2}.items():
+        model = ppo.RewardModel if name == "reward" else ppo.GPT2
+        ppo.save_model(folder / name, config, random_params(model, config, seed), tokenizer)
     return folder
 
 
 def small_args(folders, **changes):
-    return evaluate.Args(
-        models=(str(folders / "copy"), str(folders / "policy")),
-        ref=str(folders / "ref"),
-        reward_model=str(folders / "reward"),
-        num_prompts=5,
-        frontier_prompts=4,
-        frontier_samples=12,
-        share_samples=3,
-        batch_size=16,
-        max_completion_length=8,
-        **changes,
-    )
+    models = {"models": (str(folders / "copy"), str(folders / "policy"))}
+    models |= {"ref": str(folders / "ref"), "reward_model": str(folders / "reward")}
+    sizes = {"num_prompts": 5, "frontier_prompts": 4, "frontier_samples": 12, "share_samples": 3}
+    sizes |= {"batch_size": 16, "max_completion_length": 8}
+    return evaluate.Args(**(models | sizes | changes))
 
 
 def test_a_run(folders, tmp_path, monkeypatch, capsys):
@@ -252,10 +237,8 @@ def test_a_run(folders, tmp_path, monkeypatch, capsys):
         assert row["J"][0] == pytest.approx(row["reward"][0] - 0.5 * row["kl"][0], abs=1e-6)
         assert 0 < row["length"] <= 8 and 0 <= row["eos"] <= 1
     assert report["trusted_kl"] == pytest.approx(math.log(12) - 2)
-    assert [row["policy"] for row in report["shares"]] == [
-        ref["policy"][:-3] + "copy",
-        policy["policy"],
-    ]
+    names = [row["policy"] for row in report["shares"]]
+    assert names == [str(folders / name) for name in ("copy", "policy")]
     assert report["shares"][1]["reward"][2] is False  # past ln(12) - 2
     assert report["J_best"] > report["J_ref"]
     assert 0.5 < report["reward_model"]["best_accuracy"] < 0.9
@@ -267,21 +250,24 @@ def test_a_run(folders, tmp_path, monkeypatch, capsys):
 
 def test_gold_alone_without_frontier(folders, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    args = dataclasses.replace(small_args(folders, frontier=False), reward_model="")
-    evaluate.main(args)
+    evaluate.main(small_args(folders, frontier=False, reward_model=""))
     printed = capsys.readouterr().out
     assert "gold" in printed and "reward" not in printed and "most" not in printed
 
 
-def test_bad_input(folders, monkeypatch, error_line):
-    monkeypatch.chdir(ROOT)
-    for changes, word in (
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
         ({"temperature": 0.0}, "--temperature"),
         ({"kl_coef": 0.1, "reward_model": ""}, "--kl-coef"),
         ({"num_prompts": 1}, "--num-prompts"),
-        ({"reward_model": str(folders / "ref")}, "not a reward model"),
+        ({"reward_model": "{}/ref"}, "not a reward model"),
         ({"reward_model": "", "dataset": "prompts.jsonl"}, "nothing to measure"),
         ({"plot": "x.png", "frontier": False}, "--no-frontier"),
-    ):
-        args = dataclasses.replace(small_args(folders), **changes)
-        assert word in error_line(evaluate.main, args)
+    ],
+)
+def test_bad_input(folders, monkeypatch, error_line, changes, word):
+    monkeypatch.chdir(ROOT)
+    args = small_args(folders, **changes)
+    args = dataclasses.replace(args, reward_model=args.reward_model.format(folders))
+    assert word in error_line(evaluate.main, args)

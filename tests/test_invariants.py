@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import signal
 from types import SimpleNamespace
 
 import jax
@@ -21,29 +20,31 @@ import ppo
 import reward
 import sft
 
-EOS = 7  # of the small vocabulary
-SGD = optax.sgd(0.1)  # one object for all tests: what is compiled for it is kept
-P, R = 5, 10  # prompt and response of the rollouts here
+EOS, P, R = 7, 5, 10  # of the small vocabulary; prompt and response of the rollouts here
+GROUP = 4  # completions to a prompt
 CONFIG = sft.GPT2Config(
     vocab_size=24, n_positions=32, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2
 )
-
-
-@functools.cache
-def make_params(script, model, seed):
-    """(config, parameters) of an untrained model; of each script's own classes."""
-    one = jnp.ones((1, 1), jnp.int32)
-    config = script.GPT2Config(**dataclasses.asdict(CONFIG))
-    return config, jax.jit(model(config).init)(jax.random.key(seed), one, one)["params"]
-
-
-def random_rows(count, *lengths, seed=0):
-    """Rows of `len(lengths)` lists of ids of random lengths up to these, without EOS."""
-    rng = np.random.default_rng(seed)
-    return [
-        [rng.integers(8, 24, rng.integers(1, n + 1)).tolist() for n in lengths]
-        for _ in range(count)
-    ]
+sgd = functools.cache(optax.sgd)  # one object a rate: what is compiled for it is kept
+GRPO = {"kl_in": "loss", "kl_coef": 0.5, "mask_truncated_completions": True}
+CASES = {  # script, changes of its Args, SGD's rate, how near micro-batches come: params, metrics
+    "sft": (sft, {}, 1.0, 3e-6, 1e-5),
+    "reward": (reward, {"center_coef": 0.1}, 1.0, 1e-5, 1e-5),
+    "dpo": (dpo, {"label_smoothing": 0.1, "nll_coef": 0.7}, 0.3, 1e-5, 1e-4),
+    "ipo": (dpo, {"loss": "ipo", "nll_coef": 0.7}, 0.3, 1e-5, 1e-4),
+    "hinge": (iterative_dpo, {"loss": "hinge", "nll_coef": 0.7}, 0.3, 1e-5, 1e-4),
+    "ppo": (ppo, {}, 0.1, 1e-5, 1e-4),
+    "grpo-sequence": (grpo, GRPO | {"aggregation": "sequence"}, 0.1, 1e-5, 1e-4),
+    "gspo": (
+        grpo,
+        GRPO | dict.fromkeys(["aggregation", "ratio_level"], "sequence"),
+        *(0.1, 1e-5, 1e-4),
+    ),
+    "grpo-token": (grpo, GRPO | {"aggregation": "token"}, 0.1, 1e-5, 1e-4),
+    "grpo-constant": (grpo, GRPO | {"aggregation": "constant"}, 0.1, 1e-5, 1e-4),
+}
+each_case = pytest.mark.parametrize("name", CASES)
+ppo_and_grpo = pytest.mark.parametrize("script", [ppo, grpo], ids=["ppo", "grpo"])
 
 
 def largest_difference(tree, other):
@@ -57,471 +58,368 @@ def assert_equal(tree, other):
     )
 
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
+def random_rows(count, *lengths, seed=0):
+    """Rows of `len(lengths)` lists of ids of random lengths up to these, without EOS."""
+    rng = np.random.default_rng(seed)
+    return [
+        [rng.integers(8, 24, rng.integers(1, n + 1)).tolist() for n in lengths]
+        for _ in range(count)
+    ]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+@functools.cache
+def make_params(model, seed):
+    one = jnp.ones((1, 1), jnp.int32)
+    return jax.jit(model(CONFIG).init)(jax.random.key(seed), one, one)["params"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return sft.load_tokenizer(REVIEWS / "tokenizer")
+@functools.cache
+def policy(seed=0):
+    """An untrained language model, whose head ends about half of the completions."""
+    params = make_params(sft.GPT2, seed)
+    toward_eos = params["wte"]["embedding"][EOS]
+    bias = 2 * toward_eos / jnp.sum(toward_eos**2)
+    return params | {"ln_f": params["ln_f"] | {"bias": bias}}
 
 
-@pytest.fixture(scope="module")
-def models():
-    """(config, policy, reference, critic) of ppo.py, all different."""
-    config, critic = make_params(ppo, ppo.RewardModel, 2)
-    policies = []
-    for seed in (0, 1):
-        params = make_params(ppo, ppo.GPT2, seed)[1]
-        toward_eos = params["wte"]["embedding"][EOS]  # a head that ends about half of the rows
-        bias = 2 * toward_eos / jnp.sum(toward_eos**2)
-        policies.append(params | {"ln_f": params["ln_f"] | {"bias": bias}})
-    return config, *policies, critic
+def make_start(script):
+    """The parameters that training starts from."""
+    if script is ppo:
+        return {"policy": policy(), "critic": make_params(reward.RewardModel, 2)}
+    return make_params(reward.RewardModel, 0) if script is reward else policy()
 
 
-def ppo_args(**changes):
-    return ppo.Args(**({"epochs": 2, "num_minibatches": 2, "micro_batch_size": 4} | changes))
+def make_state(script, optimizer):
+    more = {ppo: {"kl_coef": 0.1}, grpo: {"ref_moves": True}}.get(script, {})
+    return script.make_state(make_start(script), optimizer, **more)
 
 
-def sample(config, params, temperature=1.0, rows=16, seed=0):
-    """(tokens, mask, logprobs, scores) of a rollout on left-padded prompts of unequal lengths."""
-    prompts = [row[0] for row in random_rows(rows, P, seed=seed)]
-    tokens, mask = ppo.pad_rows(prompts, P, left=True)
-    key = ppo.stream_key(seed, "rollout", 1)
-    sampled = ppo.generate(params, config, tokens, mask, key, R, temperature, EOS)
-    lengths = np.asarray(sampled[1][:, P:].sum(axis=1))
-    assert lengths.min() < R == lengths.max()  # some rows end early, some never
-    return *sampled, jnp.asarray(np.random.default_rng(seed).normal(size=rows), jnp.float32)
+def make_args(script, **changes):
+    sizes = {"micro_batch_size": 8}
+    if script in (ppo, grpo):
+        sizes |= {"epochs": 2, "num_minibatches": 2}
+    if script is grpo:
+        sizes |= {"num_generations": GROUP}
+    return script.Args(**(sizes | changes))
 
 
-def train_ppo(models, batch, args, optimizer=SGD, key=0):
-    """(parameters, metrics) after ppo.train_step."""
-    config, policy, _, critic = models
-    state = ppo.make_state({"policy": policy, "critic": critic}, optimizer, 0.1)
-    configs = (config, config)
-    state, metrics = ppo.train_step(state, batch, jax.random.key(key), configs, optimizer, args)
-    return state.params, jax.device_get(metrics)
-
-
-def rollout_batch(models, sampled, args):
-    """ppo.make_experience of a rollout, the parameters being the policy's; its kl_coef is 0.1."""
-    config, policy, reference, critic = models
-    state = ppo.make_state({"policy": policy, "critic": critic}, SGD, 0.1)
-    *sampled, scores = sampled
-    tokens, mask, _ = sampled
-    ref_logprobs, _ = ppo.policy_logprobs(reference, config, tokens, mask, P, args.temperature)
-    return ppo.make_experience(state, *sampled, ref_logprobs, scores, config, args)
-
-
-GRPO_CONFIG = grpo.GPT2Config(**dataclasses.asdict(CONFIG))
-GROUP = 4  # completions to a prompt
-
-
-def grpo_args(**changes):
-    sizes = {"num_generations": GROUP, "num_minibatches": 2, "micro_batch_size": 4}
-    return grpo.Args(**({"epochs": 2} | sizes | changes))
-
-
-GRPO_ARGS = grpo_args(kl_in="loss", ratio_level="sequence", kl_coef=0.5)
-
-
-def sample_groups(policy, reference, temperature=1.0):
-    """What grpo.make_experience takes, of four prompts; scores drawn from N(0, 1)."""
-    prompts = [row[0] for row in random_rows(4, P)]
-    prompts, mask = grpo.pad_rows(prompts, P, left=True)
-    key = grpo.stream_key(0, "rollout", 1)
-    sampling = (key, R, temperature, EOS, 0, GROUP)
-    tokens, mask, logprobs = grpo.generate(policy, GRPO_CONFIG, prompts, mask, *sampling)
-    ended = (np.asarray(tokens)[:, P:] == EOS).any(axis=1)
-    assert 1 < ended.sum() < 15
-    ref_logprobs, _ = grpo.policy_logprobs(reference, GRPO_CONFIG, tokens, mask, P, temperature)
+@functools.cache
+def sample(temperature=1.0):
+    """(Rollout, scores) of GROUP completions to each of four prompts; the scores are random."""
+    prompts, mask = ppo.pad_rows([row[0] for row in random_rows(4, P)], P, left=True)
+    rest = (ppo.stream_key(0, "rollout", 1), R, temperature, EOS, GROUP)
+    tokens, mask, logprobs = ppo.generate(policy(), CONFIG, prompts, mask, *rest)
+    ref_logprobs = ppo.policy_logprobs(policy(1), CONFIG, tokens, mask, P, temperature)
+    ended = np.any(np.asarray(tokens)[:, P:] == EOS, axis=1)
+    assert 1 < ended.sum() < 15 and (np.asarray(mask)[:, :P] == 0).any()
     scores = np.random.default_rng(0).normal(size=len(tokens)).astype(np.float32)
-    return tokens, mask, logprobs, ref_logprobs, scores, ended
+    response_mask = mask[:, P:].astype(jnp.float32)
+    return ppo.Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended), scores
 
 
-@pytest.fixture(scope="module")
-def groups(models):
-    return sample_groups(*models[1:3])
-
-
-def train_grpo(policy, batch, args, optimizer=SGD):
-    """(parameters, metrics) after grpo.train_step, which leaves the reference alone."""
-    state = grpo.make_state(policy, optimizer, ref_moves=True)
-    key = jax.random.key(0)
-    state, metrics = grpo.train_step(state, batch, key, GRPO_CONFIG, optimizer, args)
-    assert_equal(state.ref_params, policy)
-    return state.params, jax.device_get(metrics)
-
-
-DPO_ARGS = dpo.Args(micro_batch_size=4, nll_coef=0.5)
-
-
-def dpo_batch(script=dpo, rows=8):
-    """(config, parameters, rows of [prompt, chosen, rejected], their batch, reference and all)."""
-    config, params = make_params(script, script.GPT2, 0)
-    rows = random_rows(rows, 5, 12, 9)
-    batch = script.make_batch(rows, 20)
-    logprobs = np.asarray(script.pair_logprobs(params, batch, config))
-    noise = np.random.default_rng(0).normal(size=logprobs.shape).astype(np.float32)
-    return config, params, rows, batch | {"ref_logprobs": logprobs + noise}
-
-
-def train_pairs(script, config, params, batch, args, optimizer=SGD):
-    """(parameters, metrics) after train_step of dpo.py or iterative_dpo.py."""
-    state = script.make_state(params, optimizer)
-    state, metrics = script.train_step(state, batch, config, optimizer, args)
-    return state.params, jax.device_get(metrics)
-
-
-# ------------------------------------------------------------------------------ padding
-
-
-def junk(tokens, mask, seed=0):
-    """Other ids at the places that are masked."""
-    ids = np.random.default_rng(seed).integers(0, 24, np.shape(tokens))
-    return np.where(np.asarray(mask) > 0, tokens, ids).astype(np.int32)
-
-
-def test_padding_does_not_matter_to_sft():
-    config, params = make_params(sft, sft.GPT2, 0)
-    batch = sft.make_batch(random_rows(6, 5, 12), 20)
-    assert (batch["mask"] == 0).any()
-    optimizer, results = SGD, []
-    for tokens in (batch["tokens"], junk(batch["tokens"], batch["mask"])):
-        state = sft.make_state(params, optimizer)
-        changed, args = batch | {"tokens": tokens}, sft.Args(micro_batch_size=3)
-        results.append(sft.train_step(state, changed, config, optimizer, args))
-    assert_equal(results[0], results[1])
-
-
-def test_only_the_completion_is_learned():
-    """Other prompts with the same completions have other losses; a changed target too."""
-    rows = [[[8, 9, 10], [11, 12, EOS]], [[13], [14, EOS]]]
-    batch = sft.make_batch(rows, 8)
-    assert batch["tokens"].tolist() == [[8, 9, 10, 11, 12, EOS], [13, 14, EOS, 0, 0, 0]]
-    assert batch["mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
-    assert batch["loss_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]]
-    whole = sft.make_batch(rows, 8, train_on_prompt=True)
-    assert (whole["loss_mask"] == whole["mask"]).all()
-    assert sft.make_batch([rows[0], []], 8)["mask"].sum() == 6  # an empty row counts nothing
-
-
-def test_padding_does_not_matter_to_reward():
-    config, params = make_params(reward, reward.RewardModel, 0)
-    batch = reward.make_batch(random_rows(6, 5, 12, 9), 20, [0.0] * 6)
-    assert (batch["mask"] == 0).any()
-    optimizer, results = SGD, []
-    for tokens in (batch["tokens"], junk(batch["tokens"], batch["mask"])):
-        state = reward.make_state(params, optimizer)
-        changed = batch | {"tokens": tokens}
-        args = reward.Args(micro_batch_size=3, center_coef=0.1)
-        results.append(
-            [
-                reward.eval_step(params, tokens, batch["mask"], config),
-                reward.train_step(state, changed, config, optimizer, args),
-            ]
+def experience(script, args, sampled=None):
+    """(batch, metrics) of make_experience, of this Rollout or the one above."""
+    rollout, scores = sample(args.temperature)
+    if script is ppo:
+        return ppo.make_experience(
+            make_state(ppo, sgd(0.1)), sampled or rollout, scores, CONFIG, args
         )
-    assert_equal(results[0], results[1])
+    return grpo.make_experience(sampled or rollout, scores, args)
 
 
-def test_a_pair_is_scored_as_its_texts_alone():
-    """Two texts of one row, of unequal lengths: each score is that of the unpadded text."""
-    config, params = make_params(reward, reward.RewardModel, 0)
-    rows = random_rows(2, 5, 12, 9)
-    batch = reward.make_batch(rows, 20, [0.0] * 2)
-    pairs = reward.eval_step(params, batch["tokens"], batch["mask"], config)
-    apply = jax.jit(reward.RewardModel(config).apply)
-    for i, (prompt, *answers) in enumerate(rows):
-        for answer, scores in zip(answers, pairs):
-            text = jnp.array([prompt + answer])
-            alone = apply({"params": params}, text, jnp.ones_like(text))
-            assert float(scores[i]) == pytest.approx(float(alone[0, -1]), abs=1e-5)
+def make_batch(script, args):
+    if script in (ppo, grpo):
+        return experience(script, args)[0]
+    if script is sft:
+        return sft.make_batch(random_rows(8, 5, 12), 20)
+    rows = random_rows(8, 5, 12, 9)
+    if script is reward:
+        return reward.make_batch(rows, 20, np.linspace(0, 1, 8))
+    batch = script.make_batch(rows, 20)
+    logprobs = np.asarray(script.pair_logprobs(policy(), batch, CONFIG))
+    noise = np.random.default_rng(0).normal(size=logprobs.shape).astype(np.float32)
+    return batch | {"ref_logprobs": logprobs + noise}
 
 
-def test_padding_does_not_matter_to_ppo(models):
-    args = ppo_args()
-    tokens, mask, logprobs, scores = sample(models[0], models[1])
-    response_mask = np.asarray(mask)[:, P:]
-    assert (np.asarray(mask)[:, :P] == 0).any() and (response_mask == 0).any()
-    noise = np.random.default_rng(3).normal(size=logprobs.shape).astype(np.float32)
+def train(script, batch, args, optimizer, key=0):
+    """(state, metrics) after one train_step from the start."""
+    state = make_state(script, optimizer)
+    if script in (ppo, grpo):
+        config = (CONFIG, CONFIG) if script is ppo else CONFIG
+        rest = (jax.random.key(key), config, optimizer, args)
+    else:
+        rest = (CONFIG, optimizer, args)
+    state, metrics = script.train_step(state, batch, *rest)
+    return state, jax.device_get(metrics)
 
-    def spoil(x):
-        return jnp.where(response_mask > 0, x, noise)
 
-    batch, metrics = rollout_batch(models, (tokens, mask, logprobs, scores), args)
-    other = (jnp.asarray(junk(tokens, mask)), mask, spoil(logprobs), scores)
-    other_batch, other_metrics = rollout_batch(models, other, args)
+@functools.cache
+def trained(name):
+    """(script, args, optimizer, batch, parameters before, state, metrics) of one of the CASES."""
+    script, changes, rate, *_ = CASES[name]
+    args = make_args(script, **changes)
+    batch, before = make_batch(script, args), jax.tree.map(np.array, make_start(script))
+    return script, args, sgd(rate), batch, before, *train(script, batch, args, sgd(rate))
+
+
+def spoiled(batch):
+    """A batch (or Rollout, as a dict) with other ids and numbers wherever its mask is 0."""
+    rng, mask = np.random.default_rng(3), np.asarray(batch["mask"])
+    assert (mask == 0).any()
+    found = dict(batch)
+    found["tokens"] = np.where(mask, batch["tokens"], rng.integers(0, 24, mask.shape))
+    found["tokens"] = jnp.asarray(found["tokens"], jnp.int32)
+    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+        if mask.ndim == 2 and np.ndim(batch.get(name)) == 2:  # not those of pairs, nor of groups
+            noise = rng.normal(size=batch[name].shape).astype(np.float32)
+            found[name] = jnp.where(mask[:, P:] > 0, batch[name], noise)
+    return found
+
+
+# --------------------------------------------------------- padding, micro-batches: for all scripts
+
+
+@each_case
+def test_micro_batches_equal_the_whole_batch(name):
+    """Whatever the loss is a mean over, and where rows count unequally or nothing."""
+    script, args, optimizer, batch, before, state, metrics = trained(name)
+    mask = batch.get("loss_mask", batch["mask"])
+    assert len(set(np.asarray(batch.get("response_mask", mask)).sum(axis=-1).ravel())) > 3
+    *_, near_params, near_metrics = CASES[name]
+    args = dataclasses.replace(args, micro_batch_size=1)
+    others = train(script, batch, args, optimizer)
+    assert largest_difference(state.params, others[0].params) < near_params
+    assert largest_difference(metrics, others[1]) < near_metrics
+    least = 1e-3 if script in (ppo, grpo) else 1e-2
+    assert largest_difference(state.params, before) > least
+    if "logps/chosen" in metrics:
+        assert 0 < metrics["rewards/accuracies"] < 1
+
+
+@each_case
+def test_padding_does_not_matter(name):
+    """Neither what stands there, to the last bit, nor how much of it there is."""
+    script, args, optimizer, batch, _, state, metrics = trained(name)
+    other = spoiled(batch)
+    assert_equal(train(script, other, args, optimizer), (state, metrics))
+    left = script in (ppo, grpo)
+    names = ["tokens", "mask"] if left else ["tokens", "mask", "loss_mask", "response_mask"]
+    for name in names:
+        if name in other:
+            pad = [(0, 0)] * (np.ndim(other[name]) - 1) + [(3, 0) if left else (0, 7)]
+            other[name] = jnp.pad(other[name], pad)
+    wider = train(script, other, args, optimizer)
+    assert largest_difference((wider[0].params, wider[1]), (state.params, metrics)) < 1e-5
+
+
+@each_case
+def test_a_step_leaves_the_parameters_it_started_from(name):
+    """train_step gives its state's buffers away; the start, and a reference, must keep theirs."""
+    script, *_, before, state, _ = trained(name)
+    assert_equal(make_start(script), before)
+    if script is grpo:
+        assert_equal(state.ref_params, before)
+
+
+@pytest.mark.parametrize(
+    "script, changes", [(ppo, {}), (grpo, {}), (grpo, {"kl_in": "loss"})], ids=str
+)
+def test_padding_of_a_rollout_does_not_matter(script, changes):
+    args = make_args(script, **changes)
+    sampled, _ = sample()
+    real = np.asarray(sampled.response_mask)
+    batch, metrics = experience(script, args)
+    other, other_metrics = experience(script, args, ppo.Rollout(**spoiled(sampled._asdict())))
     assert_equal(metrics, other_metrics)
-    for name in ("values", "advantages", "returns"):
-        assert_equal(batch[name], other_batch[name])
-        assert (np.asarray(batch[name])[response_mask == 0] == 0).all()
-    spoiled = other_batch | {
-        name: spoil(batch[name]) for name in ("values", "advantages", "returns")
-    }
-    assert_equal(train_ppo(models, batch, args), train_ppo(models, spoiled, args))
+    assert_equal(batch["advantages"], other["advantages"])
+    if script is ppo:
+        assert_equal(batch["returns"], other["returns"])
+        assert_equal(batch["values"] * real, other["values"] * real)
+        for name in ("advantages", "returns"):
+            assert not np.asarray(batch[name])[real == 0].any()
 
 
-def test_padding_does_not_matter_to_grpo(models, groups):
-    """Neither what stands there, nor three more columns of it before the prompts."""
-    tokens, mask, logprobs, ref_logprobs, *rest = groups
-    response_mask = np.asarray(mask)[:, P:]
-    assert (np.asarray(mask)[:, :P] == 0).any() and (response_mask == 0).any()
-    noise = np.random.default_rng(3).normal(size=logprobs.shape).astype(np.float32)
-    spoiled = [jnp.where(response_mask > 0, x, noise) for x in (logprobs, ref_logprobs)]
-    spoiled_tokens = jnp.asarray(junk(tokens, mask))
-    for args in (grpo_args(kl_in="reward"), GRPO_ARGS):
-        batch, metrics = grpo.make_experience(*groups, args)
-        other, other_metrics = grpo.make_experience(spoiled_tokens, mask, *spoiled, *rest, args)
-        assert_equal((batch["advantages"], metrics), (other["advantages"], other_metrics))
-    results = [train_grpo(models[1], x, GRPO_ARGS) for x in (batch, other)]
-    assert_equal(results[0], results[1])
-    wider = other | {name: jnp.pad(other[name], ((0, 0), (3, 0))) for name in ("tokens", "mask")}
-    results.append(train_grpo(models[1], wider, GRPO_ARGS))
-    assert largest_difference(results[0], results[2]) < 1e-5
-    assert largest_difference(results[0][0], models[1]) > 1e-3
-
-
-def test_padding_does_not_matter_to_dpo():
-    """Neither what stands there nor how much of it there is."""
-    config, params, _, batch = dpo_batch()
-    assert (batch["mask"] == 0).any()
-    spoiled = batch | {"tokens": junk(batch["tokens"], batch["mask"])}
-    results = [train_pairs(dpo, config, params, x, DPO_ARGS) for x in (batch, spoiled)]
-    assert_equal(results[0], results[1])
-    wider = {name: np.pad(x, ((0, 0), (0, 0), (0, 7))) for name, x in spoiled.items() if x.ndim > 2}
-    found = [dpo.pair_logprobs(params, x, config) for x in (batch, wider)]
-    np.testing.assert_allclose(found[0], found[1], atol=2e-5)
-    assert largest_difference(results[0][0], params) > 1e-3
-
-
-def test_a_pair_has_the_logprobs_of_its_texts_alone():
-    """Of the answer's tokens, EOS among them, and not of the prompt's."""
-    config, params, rows, batch = dpo_batch()
-    pairs = np.asarray(dpo.pair_logprobs(params, batch, config))
-    apply = jax.jit(dpo.GPT2(config).apply)
-    for (prompt, *answers), found in zip(rows[:1], pairs):
-        for answer, logprob in zip(answers, found):
+def test_a_pair_is_read_as_its_texts_alone():
+    """Scores, and log-probabilities of the answer's tokens with EOS, are those without padding."""
+    rows = [
+        [prompt, *(a + [EOS] for a in answers)] for prompt, *answers in random_rows(2, 5, 12, 9)
+    ]
+    batch = reward.make_batch(rows, 20, [0.0] * 2)
+    scores = reward.eval_step(make_start(reward), batch["tokens"], batch["mask"], CONFIG)
+    logprobs = np.asarray(dpo.pair_logprobs(policy(), dpo.make_batch(rows, 20), CONFIG))
+    score, read = (jax.jit(model(CONFIG).apply) for model in (reward.RewardModel, dpo.GPT2))
+    for i, (prompt, *answers) in enumerate(rows):
+        for j, answer in enumerate(answers):
             text = jnp.array([prompt + answer])
-            logits = np.asarray(apply({"params": params}, text, jnp.ones_like(text)), np.float64)
+            alone = score({"params": make_start(reward)}, text, jnp.ones_like(text))
+            assert float(scores[j][i]) == pytest.approx(float(alone[0, -1]), abs=1e-5)
+            logits = np.asarray(read({"params": policy()}, text, jnp.ones_like(text)), np.float64)
             logits = logits[0, len(prompt) - 1 : -1]  # [length of the answer, V]
             alone = logits[range(len(answer)), answer] - np.log(np.exp(logits).sum(axis=1))
-            assert logprob == pytest.approx(alone.sum(), abs=1e-4)
+            assert logprobs[i, j] == pytest.approx(alone.sum(), abs=1e-4)
 
 
-# ------------------------------------------------------------------------------ micro-batches
+# ------------------------------------------------------------------------------ ppo and grpo
 
 
-def test_micro_batches_of_sft_equal_the_whole_batch():
-    config, params = make_params(sft, sft.GPT2, 0)
-    batch = sft.make_batch(random_rows(8, 5, 12), 20)
-    assert len(set(batch["loss_mask"].sum(axis=1))) > 3
-    optimizer, results = optax.sgd(1.0), []
-    for micro_batch_size in (8, 1):
-        state = sft.make_state(params, optimizer)
-        args = sft.Args(micro_batch_size=micro_batch_size)
-        results.append(sft.train_step(state, batch, config, optimizer, args))
-    assert largest_difference(results[0][0].params, results[1][0].params) < 3e-6
-    assert largest_difference(results[0][1], results[1][1]) < 1e-5
-    assert largest_difference(results[0][0].params, params) > 1e-2
+@ppo_and_grpo
+def test_with_a_learning_rate_of_0_nothing_happens(script):
+    """At a temperature: sampling, reference and update see the same probabilities.
+
+    At the reference there is no KL, neither k1 in the reward nor k3 in the loss; else there is.
+    """
+    changes = {"kl_in": "loss"} if script is grpo else {}
+    args = make_args(script, temperature=0.7, learning_rate=0.0, weight_decay=0.1, **changes)
+    optimizer, _ = script.make_optimizer(args, 4)
+    sampled, scores = sample(0.7)
+    real, (tokens, mask) = np.asarray(sampled.response_mask) > 0, sampled[:2]
+    own, hot = (script.policy_logprobs(policy(), CONFIG, tokens, mask, P, t) for t in (0.7, 1.0))
+    np.testing.assert_allclose(own[real], sampled.logprobs[real], atol=2e-5)
+    assert np.abs(np.asarray(hot - own)[real]).max() > 0.1
+    found = []
+    for ref_logprobs in (own, sampled.ref_logprobs):
+        batch, metrics = experience(script, args, sampled._replace(ref_logprobs=ref_logprobs))
+        state, update_metrics = train(script, batch, args, optimizer)
+        assert_equal(state.params, make_start(script))
+        metrics |= update_metrics
+        assert metrics.get("policy/updates", 4) == 4
+        for name in ("policy/clipfrac_avg", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+            assert metrics.get(name, 0) == 0
+        assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/approxkl_avg"] < 1e-10
+        assert metrics["grad_norm"] > 0 and 0 < metrics["policy/entropy_avg"] < np.log(24)
+        expected = scores.mean() + metrics["objective/non_score_reward"]
+        assert metrics["objective/rlhf_reward"] == pytest.approx(float(expected), abs=1e-5)
+        found.append((float(metrics["objective/non_score_reward"]), metrics.get("kl", 0)))
+    assert abs(found[0][0]) < 1e-5 and abs(found[0][1]) < 1e-9
+    assert found[1][0] < (-0.01 if script is ppo else -0.1)
+    assert script is ppo or found[1][1] > 0.01
 
 
-def test_micro_batches_of_reward_equal_the_whole_batch():
-    config, params = make_params(reward, reward.RewardModel, 0)
-    batch = reward.make_batch(random_rows(8, 5, 12, 9), 20, np.linspace(0, 1, 8))
-    optimizer, results = optax.sgd(1.0), []
-    for micro_batch_size in (8, 1):
-        state = reward.make_state(params, optimizer)
-        args = reward.Args(micro_batch_size=micro_batch_size, center_coef=0.1)
-        results.append(reward.train_step(state, batch, config, optimizer, args))
-    assert largest_difference(results[0][0].params, results[1][0].params) < 1e-5
-    assert largest_difference(results[0][1], results[1][1]) < 1e-5
-    assert largest_difference(results[0][0].params, params) > 1e-2
+def gradients_by_hand(script, args, batch):
+    """{coefficient of the entropy: the gradient of the loss}, in which the ratio is still 1."""
+    tokens, mask = batch["tokens"], batch["mask"]
+    real = np.asarray(batch.get("response_mask", mask[:, P:]), np.float32)
+    if script is ppo or args.aggregation == "token":
+        weights = real / real.sum()
+    elif args.aggregation == "sequence":
+        weights = real / np.maximum(real.sum(axis=1, keepdims=True), 1) / len(real)
+    else:
+        weights = real / real.size
 
+    def loss(params, coefficient):
+        language_model = params["policy"] if script is ppo else params
+        logits = sft.GPT2(CONFIG).apply({"params": language_model}, tokens, mask)[:, P - 1 : -1]
+        logprobs = jax.nn.log_softmax(logits / args.temperature)
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)  # [N, R]
+        chosen = jnp.take_along_axis(logprobs, tokens[:, P:, None], axis=-1)[..., 0]
+        advantages = jnp.reshape(batch["advantages"], (len(real), -1))
+        total = jnp.sum(weights * (-advantages * chosen - coefficient * entropy))
+        if script is ppo:
+            critic = reward.RewardModel(CONFIG)
+            values = critic.apply({"params": params["critic"]}, tokens, mask)[:, P - 1 : -1]
+            total += args.vf_coef * 0.5 * jnp.sum(weights * (values - batch["returns"]) ** 2)
+        return total, jnp.sum(real * entropy) / real.sum()
 
-def test_micro_batches_of_ppo_equal_the_whole_batch(models):
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
-    results = [train_ppo(models, batch, ppo_args(micro_batch_size=n)) for n in (8, 1)]
-    assert largest_difference(results[0][0], results[1][0]) < 1e-5
-    assert largest_difference(results[0][1], results[1][1]) < 1e-4
-    start = {"policy": models[1], "critic": models[3]}
-    assert largest_difference(results[0][0], start) > 1e-3
+    found = jax.jit(jax.grad(loss, has_aux=True))
+    return {coefficient: found(make_start(script), coefficient) for coefficient in (0.0, 0.5)}
 
 
 @pytest.mark.parametrize(
-    "aggregation, ratio_level",
-    [("sequence", "sequence"), ("token", "token"), ("constant", "token")],
+    "script, changes",
+    [(ppo, {})] + [(grpo, {"aggregation": x}) for x in ("sequence", "token", "constant")],
+    ids=["ppo", "sequence", "token", "constant"],
 )
-def test_micro_batches_of_grpo_equal_the_whole_batch(models, groups, aggregation, ratio_level):
-    """Whatever the loss is a mean over, also where some rows count nothing."""
-    changes = {"aggregation": aggregation, "ratio_level": ratio_level, "kl_in": "loss"}
-    changes |= {"mask_truncated_completions": True, "kl_coef": 0.5}
-    batch, _ = grpo.make_experience(*groups, grpo_args(**changes))
-    assert len(set(np.asarray(batch["response_mask"].sum(axis=1)).tolist())) > 3
-    results = [
-        train_grpo(models[1], batch, grpo_args(micro_batch_size=n, **changes)) for n in (8, 1)
-    ]
-    assert largest_difference(results[0][0], results[1][0]) < 1e-5
-    assert largest_difference(results[0][0], models[1]) > 1e-3
-    different = {k: (v, results[1][1][k]) for k, v in results[0][1].items()}
-    different = {k: v for k, v in different.items() if abs(v[0] - v[1]) > 1e-4}
-    assert not different
+def test_entropy_is_raised_by_its_coefficient(script, changes):
+    """The gradient is that of loss - coefficient * mean entropy, and with 0 of the loss alone."""
+    changes = changes | {"epochs": 1, "num_minibatches": 1, "temperature": 0.7}
+    if script is grpo:
+        changes |= {"mask_truncated_completions": True}  # rows that count nothing
+    batch = make_batch(script, make_args(script, **changes))
+    expected = gradients_by_hand(script, make_args(script, **changes), batch)
+    assert largest_difference(expected[0.0][0], expected[0.5][0]) > 1e-2
+    start = make_start(script)
+    for coefficient, size in ((0.0, 16), (0.5, 16), (0.5, 4)):
+        args = make_args(script, **changes, entropy_coef=coefficient, micro_batch_size=size)
+        state, metrics = train(script, batch, args, sgd(1.0))
+        gradient, entropy = expected[coefficient]
+        found = jax.tree.map(jnp.subtract, start, state.params)  # SGD's rate is 1
+        assert largest_difference(found, gradient) < 1e-5
+        assert metrics["policy/entropy_avg"] == pytest.approx(float(entropy), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "script, loss",
-    [(dpo, "sigmoid"), (dpo, "ipo"), (iterative_dpo, "hinge")],
-    ids=["sigmoid", "ipo", "iterative-hinge"],
-)
-def test_micro_batches_of_dpo_equal_the_whole_batch(script, loss):
-    config, params, _, batch = dpo_batch(script)
-    args = script.Args(loss=loss, nll_coef=0.7, label_smoothing=0.1 if loss == "sigmoid" else 0.0)
-    results = []
-    for micro_batch_size in (8, 1):
-        args = dataclasses.replace(args, micro_batch_size=micro_batch_size)
-        results.append(train_pairs(script, config, params, batch, args, optax.sgd(0.3)))
-    assert largest_difference(results[0][0], results[1][0]) < 1e-5
-    assert largest_difference(results[0][1], results[1][1]) < 1e-4
-    assert largest_difference(results[0][0], params) > 1e-2
-    assert 0 < results[0][1]["rewards/accuracies"] < 1
+@functools.cache
+def update_by_update():
+    """(args, optimizer, batch, [(parameters, metrics, tokens)]): four updates, each by itself."""
+    args, optimizer = make_args(ppo), optax.sgd(optax.linear_schedule(0.1, 0.05, 4))
+    batch, state = make_batch(ppo, args), make_state(ppo, optimizer)
+    keys = jax.random.split(jax.random.key(0), args.epochs)
+    order = jnp.concatenate([jax.random.permutation(key, 16) for key in keys]).reshape(4, 8)
+    one, key = dataclasses.replace(args, epochs=1, num_minibatches=1), jax.random.key(0)
+    again = jnp.argsort(jax.random.permutation(jax.random.split(key, 1)[0], 8))
+    found = []
+    for rows in order[:, again]:  # so that train_step comes to the same order
+        part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        state, metrics = ppo.train_step(state, part, key, (CONFIG, CONFIG), optimizer, one)
+        found.append((jax.tree.map(np.array, state.params), metrics, part["mask"][:, P:].sum()))
+    return args, optimizer, batch, found
 
 
-# ------------------------------------------------------------------------------ ppo
+@pytest.mark.parametrize("stop_kl, updates", [(-1.0, 1), (1e-8, 2), (1e9, 4), (None, 4)])
+def test_stop_kl_ends_the_updates_of_a_rollout(stop_kl, updates):
+    """Those after the stop are neither made nor counted, and the metrics are means of the others.
+
+    Before the first one the policy is not off at all; the second finds that it moved.
+    """
+    args, optimizer, batch, steps = update_by_update()
+    stopped = dataclasses.replace(args, stop_kl=stop_kl)
+    state, metrics = train(ppo, batch, stopped, optimizer)
+    counts = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32]
+    assert counts == [updates] and updates == state.updates == metrics.pop("policy/updates")
+    for number, (params, _, _) in enumerate(steps, 1):
+        difference = largest_difference(state.params, params)
+        assert difference < 1e-7 if number == updates else difference > 1e-5
+    _, parts, weights = zip(*steps[:updates])
+    for name, value in metrics.items():
+        expected = np.average([part[name] for part in parts], weights=weights)
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    if updates == 1:
+        assert metrics["policy/approxkl_avg"] < 1e-10 and abs(metrics["val/ratio"] - 1) < 1e-5
+    else:
+        assert metrics["policy/approxkl_avg"] > 1e-7
 
 
-def test_with_a_learning_rate_of_0_nothing_happens(models, temperature=0.7):
-    """Ratio 1 and no KL at every update, so sampling and training see the same probabilities."""
-    args = ppo_args(temperature=temperature, learning_rate=0.0, weight_decay=0.1)
-    optimizer, _ = ppo.make_optimizer(args, 4)
-    batch, _ = rollout_batch(models, sample(models[0], models[1], temperature), args)
-    params, metrics = train_ppo(models, batch, args, optimizer)
-    assert_equal(params, {"policy": models[1], "critic": models[3]})
-    assert metrics["policy/updates"] == 4 and metrics["policy/clipfrac_avg"] == 0
-    assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/approxkl_avg"] < 1e-10
-    assert metrics["grad_norm"] > 0
-
-
-def test_at_the_reference_there_is_no_kl(models):
-    config, policy, _, critic = models
-    sampled = sample(config, policy)
-    _, metrics = rollout_batch((config, policy, policy, critic), sampled, ppo_args())
-    assert abs(metrics["objective/non_score_reward"]) < 1e-5
-    assert metrics["objective/rlhf_reward"] == pytest.approx(float(sampled[3].mean()), abs=1e-4)
-    _, metrics = rollout_batch(models, sampled, ppo_args())
-    # The references of the other tests do differ.
-    assert metrics["objective/non_score_reward"] < -0.1 * 0.1
-    expected = sampled[3].mean() + metrics["objective/non_score_reward"]
-    assert metrics["objective/rlhf_reward"] == pytest.approx(float(expected), abs=1e-5)
-
-
-def test_logprobs_at_a_temperature_agree_between_sampling_and_training(models):
-    config, policy = models[:2]
-    tokens, mask, logprobs, _ = sample(config, policy, temperature=0.7)
-    real = np.asarray(mask)[:, P:] > 0
-    again, entropy = ppo.policy_logprobs(policy, config, tokens, mask, P, 0.7)
-    np.testing.assert_allclose(np.asarray(again)[real], np.asarray(logprobs)[real], atol=2e-5)
-    other, _ = ppo.policy_logprobs(policy, config, tokens, mask, P, 1.0)
-    assert np.abs(np.asarray(other - logprobs)[real]).max() > 0.1
-    assert (np.asarray(entropy) > 0).all() and np.asarray(entropy).max() < np.log(24)
+def test_a_large_stop_kl_stops_nothing():
+    args, optimizer, batch, _ = update_by_update()
+    large = train(ppo, batch, dataclasses.replace(args, stop_kl=1e9), optimizer)
+    assert_equal(large, train(ppo, batch, args, optimizer))
 
 
 @pytest.mark.parametrize("t", [0, 4])
-def test_a_value_is_of_what_was_seen_before_its_token(models, t):
+def test_a_value_is_of_what_was_seen_before_its_token(t):
     """Response tokens t, t + 1, … changed: values[:, :t + 1] stay, values[:, t + 1] do not."""
-    config, policy, _, critic = models
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(8, 24, (6, P + R))
-    mask = np.ones((6, P + R), np.int32)
+    tokens, mask = np.random.default_rng(0).integers(8, 24, (6, P + R)), np.ones((6, P + R), int)
     mask[:3, :2] = 0
     changed = tokens.copy()
     changed[:, P + t :] = 8 + (tokens[:, P + t :] - 8 + 5) % 16
-    values, others = (ppo.critic_values(critic, config, x, mask, P) for x in (tokens, changed))
+    critic = make_start(ppo)["critic"]
+    values, others = (ppo.critic_values(critic, CONFIG, x, mask, P) for x in (tokens, changed))
     assert values.shape == (6, R)
     np.testing.assert_array_equal(values[:, : t + 1], others[:, : t + 1])
     assert (np.abs(values - others)[:, t + 1] > 1e-4).all()
     logprobs, others = (
-        ppo.policy_logprobs(policy, config, x, mask, P, 1.0)[0] for x in (tokens, changed)
+        ppo.policy_logprobs(policy(), CONFIG, x, mask, P, 1.0) for x in (tokens, changed)
     )
     np.testing.assert_array_equal(logprobs[:, :t], others[:, :t])
     assert (np.abs(logprobs - others)[:, t] > 1e-4).all()
 
 
-def test_stop_kl_ends_the_updates_of_a_rollout(models):
-    """As if the optimizer had been taken away: the second update finds that the first one moved."""
-    args = ppo_args(epochs=2)
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), args)
-    stopped, metrics = train_ppo(models, batch, ppo_args(stop_kl=1e-8))
-    assert metrics["policy/updates"] == 2
-    distances = []
-    for updates in (1, 2, 3):
-        some = optax.scale_by_schedule(lambda i, n=updates: jnp.where(i < n, 1.0, 0.0))
-        params, _ = train_ppo(models, batch, args, optax.chain(SGD, some))
-        distances.append(largest_difference(params, stopped))
-    assert distances[1] < 1e-7 and distances[0] > 1e-5 and distances[2] > 1e-5
-
-
-def test_a_large_stop_kl_stops_nothing(models):
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
-    params, metrics = train_ppo(models, batch, ppo_args(stop_kl=1e9))
-    assert metrics["policy/updates"] == 4
-    assert_equal((params, metrics), train_ppo(models, batch, ppo_args()))
-
-
-def test_metrics_are_means_over_the_updates_that_were_made(models):
-    """After one update the policy was never off: the ratio is 1, whatever the others would give."""
-    args = ppo_args(stop_kl=-1.0)
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), args)
-    _, metrics = train_ppo(models, batch, args)
-    assert metrics["policy/updates"] == 1
-    assert metrics["policy/approxkl_avg"] < 1e-10 and abs(metrics["val/ratio"] - 1) < 1e-5
-    _, metrics = train_ppo(models, batch, ppo_args())
-    assert metrics["policy/approxkl_avg"] > 1e-7
-
-
-def test_every_row_is_seen_once_in_an_epoch(models):
+def test_every_row_is_seen_once_in_an_epoch():
     """Linear in the rows: with the whole batch as one minibatch, the key does not matter."""
-    batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
-    one = ppo_args(epochs=1, num_minibatches=1)
-    first, second = (train_ppo(models, batch, one, key=key)[0] for key in (0, 1))
-    assert largest_difference(first, second) < 1e-6
-    first, second = (train_ppo(models, batch, ppo_args(), key=key)[0] for key in (0, 1))
-    assert largest_difference(first, second) > 1e-5
-
-
-@pytest.mark.parametrize("script", [sft, reward, ppo, dpo, grpo], ids=lambda x: x.__name__)
-def test_a_step_leaves_the_parameters_it_started_from(script, models, groups):
-    """train_step gives its state's buffers away; the reference and the start must keep theirs."""
-    if script is ppo:
-        start = {"policy": models[1], "critic": models[3]}
-    elif script is grpo:
-        start = models[1]
-    else:
-        config, start = make_params(script, getattr(script, "RewardModel", script.GPT2), 0)
-    before = jax.tree.map(np.array, (start, models[2]))
-    if script is ppo:
-        batch, _ = rollout_batch(models, sample(models[0], models[1]), ppo_args())
-        after, _ = train_ppo(models, batch, ppo_args())
-    elif script is grpo:
-        batch, _ = grpo.make_experience(*groups, GRPO_ARGS)
-        after, _ = train_grpo(start, batch, GRPO_ARGS)
-    elif script is dpo:
-        after, _ = train_pairs(dpo, config, start, dpo_batch()[3], DPO_ARGS)
-    else:
-        if script is sft:
-            batch = sft.make_batch(random_rows(8, 5, 12), 20)
-        else:
-            batch = reward.make_batch(random_rows(8, 5, 12, 9), 20, [0.0] * 8)
-        state, args = script.make_state(start, SGD), script.Args(micro_batch_size=4)
-        after = script.train_step(state, batch, config, SGD, args)[0].params
-    assert_equal((start, models[2]), before)
-    assert largest_difference(after, start) > 1e-5
+    args = make_args(ppo)
+    batch, one = make_batch(ppo, args), dataclasses.replace(args, epochs=1, num_minibatches=1)
+    for args, low, high in ((one, 0, 1e-6), (args, 1e-5, 1)):
+        first, second = (train(ppo, batch, args, sgd(0.1), key)[0].params for key in (0, 1))
+        assert low <= largest_difference(first, second) < high
 
 
 def test_next_kl_coef():
@@ -531,114 +429,40 @@ def test_next_kl_coef():
         assert float(ppo.next_kl_coef(0.1, kl, args)) == pytest.approx(0.1 * factor, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def talkative(inputs, tmp_path_factory):
-    """A language model that ends about every second completion of 8 tokens."""
-    folder = tmp_path_factory.mktemp("talkative") / "model"
-    config, params = sft.load_model(inputs / "lm")
-    bias = params["ln_f"]["bias"].at[0].set(5.0)
-    table = params["wte"]["embedding"].at[config.eos_token_id, 0].set(1.2)
-    params = params | {"ln_f": params["ln_f"] | {"bias": bias}, "wte": {"embedding": table}}
-    sft.save_model(folder, config, params, inputs / "lm")
-    return folder
-
-
-def test_a_completion_that_does_not_end_pays_for_it(inputs, talkative, tmp_path):
-    (tmp_path / "f.py").write_text(
-        "def two(completions, **_):\n    return [2.0] * len(completions)\n"
-    )
-    changes = {"reward": (f"{tmp_path}/f.py:two",), "missing_eos_penalty": 0.75}
-    changes |= {"model": str(talkative), "reward_model": None, "kl_coef": 0.0}
-    ppo.main(small_args(ppo, inputs, tmp_path / "run", **changes))
-    rows = metrics_of(tmp_path / "run")[1:]
-    for row in rows:
-        expected = 2 - 0.75 * row["completions/clipped_ratio"]
-        assert row["objective/scores"] == pytest.approx(expected, abs=1e-5)
-    assert any(0 < row["completions/clipped_ratio"] < 1 for row in rows)
-    lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
-    assert {json.loads(line)["score"] for line in lines} == {2.0, 1.25}
-
-
-@pytest.mark.parametrize(
-    "script, count",  # of rollouts; there are four evaluations, at steps 0, 2, 4 and 6
-    [(ppo, 6), (grpo, 6), (iterative_dpo, 2)],
-    ids=["ppo", "grpo", "iterative_dpo"],
-)
-def test_no_two_rollouts_share_a_key(script, count, inputs, tmp_path, monkeypatch):
-    keys, sample = [], script.sample
-
-    def watched(params, ref_params, config, tokens, mask, key, sampling):
-        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
-        return sample(params, ref_params, config, tokens, mask, key, sampling)
-
-    monkeypatch.setattr(script, "sample", watched)
-    script.main(small_args(script, inputs, tmp_path / "run"))
-    assert len(keys) == len(set(keys)) == count + 4
-
-
 def test_stream_keys_differ_by_seed_name_and_step():
-    streams = [
-        (seed, name, step)
-        for seed in (0, 1)
-        for name in ("rollout", "eval", "init")
-        for step in (0, 1, 2)
-    ]
-    keys = [tuple(np.asarray(jax.random.key_data(ppo.stream_key(*s))).tolist()) for s in streams]
-    assert len(set(keys)) == len(streams)
-    again = [tuple(np.asarray(jax.random.key_data(sft.stream_key(*s))).tolist()) for s in streams]
-    assert keys == again
+    streams = list(itertools.product((0, 1), ("rollout", "eval", "init"), (0, 1, 2)))
+    keys, again = (
+        [tuple(np.asarray(jax.random.key_data(f(*stream))).tolist()) for stream in streams]
+        for f in (ppo.stream_key, sft.stream_key)
+    )
+    assert len(set(keys)) == len(streams) and keys == again
 
 
-def test_consecutive_steps_sample_different_texts(models):
-    config, policy = models[:2]
+def test_consecutive_steps_sample_different_texts():
     tokens, mask = ppo.pad_rows([[8, 9, 10]] * 8, P, left=True)
     first, second, again = (
-        ppo.generate(policy, config, tokens, mask, ppo.stream_key(0, "rollout", i), R, 1.0, EOS)[0]
+        np.asarray(
+            ppo.generate(
+                *(policy(), CONFIG, tokens, mask, ppo.stream_key(0, "rollout", i), R, 1.0, EOS)
+            )[0]
+        )
         for i in (1, 2, 1)
     )
     np.testing.assert_array_equal(first, again)
-    assert (np.asarray(first) != np.asarray(second)).any(axis=1).all()
-    assert len({tuple(row) for row in np.asarray(first).tolist()}) > 1
-
-
-# ------------------------------------------------------------------------------ grpo
-
-
-def test_with_a_learning_rate_of_0_grpo_does_nothing(models):
-    """At a temperature: sampling, reference and update see the same probabilities.
-
-    At the reference there is no KL, neither k1 in the reward nor k3 in the loss; else there is.
-    """
-    args = grpo_args(temperature=0.7, kl_in="loss", learning_rate=0.0, weight_decay=0.1)
-    optimizer, _ = grpo.make_optimizer(args, 4)
-    sampled = sample_groups(*models[1:3], temperature=0.7)
-    tokens, mask, logprobs, other_logprobs, scores, ended = sampled
-    again, _ = grpo.policy_logprobs(models[1], GRPO_CONFIG, tokens, mask, P, 0.7)
-    found = []
-    for ref_logprobs in (again, other_logprobs):
-        sampled = (tokens, mask, logprobs, ref_logprobs, scores, ended)
-        batch, reward_metrics = grpo.make_experience(*sampled, args)
-        params, metrics = train_grpo(models[1], batch, args, optimizer)
-        assert_equal(params, models[1])
-        for name in ("policy/clipfrac_avg", "clip_ratio/low_mean", "clip_ratio/high_mean"):
-            assert metrics[name] == 0
-        assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/approxkl_avg"] < 1e-10
-        assert metrics["grad_norm"] > 0 and 0 < metrics["policy/entropy_avg"] < np.log(24)
-        found.append((float(reward_metrics["objective/non_score_reward"]), float(metrics["kl"])))
-        expected = scores.mean() + found[-1][0]
-        assert reward_metrics["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
-    assert abs(found[0][0]) < 1e-5 and abs(found[0][1]) < 1e-9
-    assert found[1][0] < -0.1 and found[1][1] > 0.01
+    assert (first != second).any(axis=1).all()
+    assert len({tuple(row) for row in first.tolist()}) > 1
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 @pytest.mark.parametrize("advantage", ["group", "group-std", "leave-one-out"])
-def test_advantages_by_hand(groups, advantage, kl_in):
+def test_advantages_by_hand(advantage, kl_in):
     """The KL of a whole completion is taken off its score before the group is looked at."""
-    args = grpo_args(advantage=advantage, kl_in=kl_in, kl_coef=0.7)
-    batch, metrics = grpo.make_experience(*groups, args)
-    _, mask, logprobs, ref_logprobs, scores, _ = (np.asarray(x, np.float64) for x in groups)
-    kl = ((logprobs - ref_logprobs) * mask[:, P:]).sum(axis=1)
+    batch, metrics = experience(
+        grpo, make_args(grpo, advantage=advantage, kl_in=kl_in, kl_coef=0.7)
+    )
+    sampled, scores = sample()
+    k1 = np.asarray(sampled.logprobs, np.float64) - sampled.ref_logprobs
+    kl = (k1 * sampled.response_mask).sum(axis=1)
     assert kl.std() > 0.5
     expected, spreads = [], []
     for first in range(0, len(scores), GROUP):
@@ -656,26 +480,26 @@ def test_advantages_by_hand(groups, advantage, kl_in):
     assert metrics["frac_reward_zero_std"] == 0
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_truncated_completions_are_masked_where_asked(groups, masked):
-    """They count in their group's mean all the same."""
-    _, mask, *_, ended = groups
-    args = grpo_args(mask_truncated_completions=masked)
-    batch, _ = grpo.make_experience(*groups, args)
-    expected = np.asarray(mask)[:, P:] * (ended[:, None] if masked else 1)
-    assert_equal(batch["response_mask"], expected.astype(np.float32))
-    assert_equal(batch["mask"], mask)  # they are still attended to
-    plain, _ = grpo.make_experience(*groups, grpo_args())
-    assert_equal(batch["advantages"], plain["advantages"])
+def test_truncated_completions_are_masked_where_asked():
+    """They count in their group's mean, and are attended to, all the same."""
+    sampled, _ = sample()
+    plain, masked = (
+        experience(grpo, make_args(grpo, mask_truncated_completions=x))[0] for x in (False, True)
+    )
+    assert_equal(plain["response_mask"], sampled.response_mask)
+    assert_equal(masked["response_mask"], sampled.response_mask * sampled.ended[:, None])
+    for name in ("mask", "advantages"):
+        assert_equal(plain[name], masked[name])
+    assert_equal(plain["mask"], sampled.mask)
 
 
-def test_a_rollout_of_truncated_completions_teaches_nothing(models, groups):
+def test_a_rollout_of_truncated_completions_teaches_nothing():
     """With --mask-truncated-completions: as an untrained model's first rollouts are."""
-    args = dataclasses.replace(GRPO_ARGS, mask_truncated_completions=True)
-    none = np.zeros(len(groups[0]), bool)
-    batch, metrics = grpo.make_experience(*groups[:5], none, args)
-    params, update_metrics = train_grpo(models[1], batch, args)
-    assert_equal(params, models[1])
+    _, args, optimizer, _, before, _, _ = trained("gspo")
+    sampled, _ = sample()
+    batch, metrics = experience(grpo, args, sampled._replace(ended=np.zeros(16, bool)))
+    state, update_metrics = train(grpo, batch, args, optimizer)
+    assert_equal(state.params, before)
     assert all(np.isfinite(float(x)) for x in (metrics | update_metrics).values())
 
 
@@ -685,104 +509,42 @@ def test_groups_without_a_spread_are_counted(size):
     values = np.array([0.1, 1 / 3, -0.7, 1.9], np.float32)
     zeros = jnp.zeros((len(values) * size, 3))
     tokens = jnp.zeros((len(zeros), 5), jnp.int32)
-    shares = []
-    for changed in (0, 1, 2):
+    sampled = grpo.Rollout(tokens, tokens, zeros, zeros, zeros, np.ones(len(zeros), bool))
+    for changed, share in ((0, 1.0), (1, 0.75), (2, 0.5)):
         scores = values.repeat(size)
         scores[: changed * size : size] += 0.5
-        rest = (scores, np.ones(len(scores), bool), grpo_args(num_generations=size))
-        shares.append(grpo.make_experience(tokens, tokens, zeros, zeros, *rest)[1])
-    found = [float(metrics["frac_reward_zero_std"]) for metrics in shares]
-    assert found == [1.0, 0.75, 0.5]
-
-
-def test_a_group_is_of_one_prompt(inputs, tmp_path, monkeypatch):
-    """A reward that depends on the prompt alone gives no advantage, and so no gradient.
-
-    And what stands in a row are the prompt, the completion and the score that belong together.
-    """
-    path = tmp_path / "f.py"
-    path.write_text(
-        "def f(prompts, completions, **_):\n    return [len(prompt) for prompt in prompts]\n"
-        "def g(prompts, completions, **_):\n    return [len(text) for text in completions]\n"
-    )
-    seen, make_experience = [], grpo.make_experience
-    tokenizer = grpo.load_tokenizer(inputs / "lm")
-
-    def watched(*sampled):
-        seen.append(sampled)
-        return make_experience(*sampled)
-
-    monkeypatch.setattr(grpo, "make_experience", watched)
-    changes = {"reward_model": None, "missing_eos_penalty": 0.0, "kl_coef": 0.0}
-    for name in "fg":
-        args = small_args(grpo, inputs, tmp_path / name, reward=(f"{path}:{name}",), **changes)
-        grpo.main(args)
-    for row in metrics_of(tmp_path / "f")[1:]:
-        assert row["frac_reward_zero_std"] == 1 and row["reward_std"] == row["grad_norm"] == 0
-    for row in metrics_of(tmp_path / "g")[1:]:
-        assert row["frac_reward_zero_std"] < 1 and row["grad_norm"] > 0
-    for name, (tokens, mask, *_, scores, _, _) in zip(6 * "f" + 6 * "g", seen):
-        tokens, mask = np.asarray(tokens), np.asarray(mask)
-        width = tokens.shape[1] - 8
-        prompts = [
-            tokenizer.decode(x[:width][m[:width] > 0].tolist()) for x, m in zip(tokens, mask)
-        ]
-        completions = grpo.decode_responses(tokenizer, tokens, mask, width, tokenizer.eot_token)
-        assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 4
-        assert [len(x) for x in (prompts if name == "f" else completions)] == scores.tolist()
-
-
-@pytest.mark.parametrize("share", [0.25, None])
-def test_where_the_reference_stands(share, inputs, tmp_path, monkeypatch):
-    """It moves at every second step towards the policy there; without --ref-sync-steps never."""
-    saved, used = [], []
-    save, sample = grpo.RunFolder.save, grpo.sample
-
-    def watched_save(run, step, state):
-        saved.append(jax.tree.map(np.array, (state.params, state.ref_params)))
-        save(run, step, state)
-
-    def watched_sample(params, ref_params, *rest):
-        used.append(jax.tree.map(np.array, ref_params))
-        return sample(params, ref_params, *rest)
-
-    monkeypatch.setattr(grpo.RunFolder, "save", watched_save)
-    monkeypatch.setattr(grpo, "sample", watched_sample)
-    changes = {"save_every": 1, "eval_every": 100}
-    changes |= {} if share is None else {"ref_sync_steps": 2, "ref_mixup_alpha": share}
-    grpo.main(small_args(grpo, inputs, tmp_path / "run", **changes))
-    start = grpo.load_model(inputs / "lm")[1]
-    references = [start, start]  # of the held-out prompts at step 0, and of step 1
-    for step, (params, reference) in enumerate(saved, 1):
-        expected = references[-1]
-        if share is None:
-            assert reference is None
-        else:
-            if step % 2 == 0:
-                assert largest_difference(params, expected) > 2e-4
-                expected = jax.tree.map(
-                    lambda new, old: share * new + (1 - share) * old, params, expected
-                )
-            assert largest_difference(reference, expected) < 1e-6
-        references.append(expected)  # of the next step
-    references[-1] = references[-2]  # step 6 is evaluated before the reference moves
-    assert len(used) == len(references) == 8
-    for found, reference in zip(used, references):
-        assert largest_difference(found, reference) < 1e-6
+        metrics = grpo.make_experience(sampled, scores, make_args(grpo, num_generations=size))[1]
+        assert metrics["frac_reward_zero_std"] == share
 
 
 # ------------------------------------------------------------------------------ iterative_dpo
+
+
+def numbered(count, size):
+    """(prompts, Rollout) of groups whose answers are their numbers, 0 to size - 1, of two tokens.
+
+    The second token is masked in the odd ones.
+    """
+    answers = np.tile(np.arange(size), count)
+    tokens = np.stack([np.full(len(answers), 9), answers, answers], axis=1)
+    mask = np.stack([np.ones_like(answers), 1 - answers % 2], axis=1)
+    rest = [None, mask, mask + 0.0, None, np.ones(len(answers), bool)]
+    return [({}, [9, i]) for i in range(count)], iterative_dpo.Rollout(tokens, *rest)
 
 
 @pytest.mark.parametrize("scores", [(0.3, 1.0), (1.0, -1.0), (0.5, 0.5), (60.0, 0.0)])
 def test_drawn_labels_have_the_probability_of_their_scores(scores):
     """The first wins with sigmoid(r1 - r2), within four standard errors."""
     count, rng = 40_000, np.random.default_rng(0)
-    pairs = iterative_dpo.make_pairs(np.array([scores] * count), "sampled", rng)
-    assert pairs.shape == (count, 2) and (pairs.sum(axis=1) == 1).all() and pairs.min() == 0
-    share = (pairs[:, 0] == 0).mean()
+    rows, ties = iterative_dpo.make_pairs(
+        *numbered(count, 2), np.tile(scores, count), "sampled", rng
+    )
+    assert ties == 0 and [row[0] for row in rows[:3]] == [[9, 0], [9, 1], [9, 2]]
+    first_wins = [row[1:] == [[0, 0], [1]] for row in rows]
+    assert all(first or row[1:] == [[1], [0, 0]] for first, row in zip(first_wins, rows))
     expected = 1 / (1 + np.exp(scores[1] - scores[0]))
-    assert abs(share - expected) <= 4 * np.sqrt(expected * (1 - expected) / count)
+    error = np.sqrt(expected * (1 - expected) / count)
+    assert len(rows) == count and abs(np.mean(first_wins) - expected) <= 4 * error
 
 
 def test_the_best_stands_against_the_worst():
@@ -791,150 +553,194 @@ def test_the_best_stands_against_the_worst():
     scores = rng.normal(size=(50, 5))
     scores[[3, 17]] = 0.25
     scores[8] = [1, 0, 1, 0, 1]  # equal scores among others are no tie
-    pairs = iterative_dpo.make_pairs(scores, "best-worst", rng)
+    rows, ties = iterative_dpo.make_pairs(*numbered(50, 5), scores.ravel(), "best-worst", rng)
+    pairs = np.array([[answer[0] for answer in answers] for _, *answers in rows])
     chosen, rejected = np.take_along_axis(scores, pairs, axis=1).T
     assert (chosen == scores.max(axis=1)).all() and (rejected == scores.min(axis=1)).all()
-    assert np.flatnonzero(pairs[:, 0] == pairs[:, 1]).tolist() == [3, 17]
+    assert np.flatnonzero(pairs[:, 0] == pairs[:, 1]).tolist() == [3, 17] and ties == 2 / 50
 
 
-def test_a_pair_is_of_one_prompt(inputs, talkative, tmp_path, monkeypatch):
-    """From sampling to training: prompt, completions, scores and pairs belong together.
+# ------------------------------------------------------------------------------ runs, watched
 
-    And the reference of both rounds is the start.
-    """
-    path = tmp_path / "f.py"
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return sft.load_tokenizer(REVIEWS / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def talkative(inputs, tmp_path_factory):
+    """A language model that ends about every second completion of 8 tokens."""
+    folder = tmp_path_factory.mktemp("talkative") / "model"
+    config, params = sft.load_model(inputs / "lm")
+    bias = params["ln_f"]["bias"].at[0].set(5.0)
+    table = params["wte"]["embedding"].at[config.eos_token_id, 0].set(1.2)
+    params = params | {"ln_f": params["ln_f"] | {"bias": bias}, "wte": {"embedding": table}}
+    sft.save_model(folder, config, params, inputs / "lm")
+    return folder
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(owner, names) -> {name: the calls that a run makes}, copied: states are given away."""
+
+    def copy(tree):
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
+
+    def watched(function, calls):
+        def call(*args, **named):
+            before = copy((args, named))
+            calls.append(SimpleNamespace(args=before[0], result=None, **before[1]))
+            calls[-1].result = function(*args, **named)
+            return calls[-1].result
+
+        return call
+
+    def watch(owner, *names):
+        calls = {name: [] for name in names}
+        for name in names:
+            monkeypatch.setattr(owner, name, watched(getattr(owner, name), calls[name]))
+        return calls
+
+    return watch
+
+
+def reward_file(path, expression):
+    """The --reward of a file with f(prompts, completions), one number for each p, c."""
     path.write_text(
         "def f(prompts, completions, **_):\n"
-        "    return [len(p) + sum(map(ord, c)) / 1e4 for p, c in zip(prompts, completions)]\n"
+        f"    return [{expression} for p, c in zip(prompts, completions)]\n"
     )
-    sampled, labelled, learned, references = [], [], [], []
-    sample, make_pairs = iterative_dpo.sample, iterative_dpo.make_pairs
-    dataset_logprobs = iterative_dpo.dataset_logprobs
+    return f"{path}:f"
 
-    def watched_sample(*rest):
-        tokens, mask, *logprobs = sample(*rest)
-        if len(tokens) == 48:  # of a round, not of the held-out prompts
-            sampled.append((np.asarray(tokens), np.asarray(mask)))
-        return tokens, mask, *logprobs
 
-    def watched_pairs(scores, *rest):
-        labelled.append(scores)
-        return make_pairs(scores, *rest)
+def assert_keys_differ(rollouts, count):
+    keys = {tuple(np.asarray(jax.random.key_data(call.key)).tolist()) for call in rollouts}
+    assert len(keys) == len(rollouts) == count
 
-    def watched_logprobs(params, config, rows, *rest):
-        learned.append(rows)
-        references.append(jax.tree.map(np.array, params))
-        return dataset_logprobs(params, config, rows, *rest)
 
-    monkeypatch.setattr(iterative_dpo, "sample", watched_sample)
-    monkeypatch.setattr(iterative_dpo, "make_pairs", watched_pairs)
-    monkeypatch.setattr(iterative_dpo, "dataset_logprobs", watched_logprobs)
-    changes = {"reward": (f"{path}:f",), "reward_model": None, "missing_eos_penalty": 0.0}
-    changes |= {"model": str(talkative), "pair": "best-worst"}
-    iterative_dpo.main(small_args(iterative_dpo, inputs, tmp_path / "run", **changes))
+def test_a_run_of_ppo(inputs, talkative, tmp_path, watch):
+    """No two rollouts share a key; a completion that does not end pays for it.
+
+    And where --stop-kl ends each rollout after two of its four updates, the counts of Adam, of the
+    schedule and of the state are of those that were made.
+    """
+    changes = {"reward": (reward_file(tmp_path / "f.py", "2.0"),), "missing_eos_penalty": 0.75}
+    changes |= {"model": str(talkative), "reward_model": None, "kl_coef": 0.0, "stop_kl": 1e-9}
+    calls = watch(ppo, "rollout") | watch(ppo.RunFolder, "save")
+    args = small_args(ppo, inputs, tmp_path / "run", **changes)
+    ppo.main(args)
+    assert_keys_differ(calls["rollout"], 6 + 4)
+    schedule, made = ppo.make_optimizer(args, 6 * 4)[1], 0
+    _, *rows = metrics_of(tmp_path / "run")
+    for row in rows:
+        expected = 2 - 0.75 * row["completions/clipped_ratio"]
+        assert row["reward"] == pytest.approx(expected, abs=1e-5)
+        assert row["lr"] == pytest.approx(float(schedule(made)), rel=1e-6)
+        made += row["policy/updates"]
+    assert any(0 < row["completions/clipped_ratio"] < 1 for row in rows)
+    state = calls["save"][-1].args[2]
+    counts = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32]
+    assert made == 12 and {int(x) for x in counts} == {int(state.updates)} == {12}
+    lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(line)["reward"] for line in lines} == {2.0, 1.25}
+
+
+@pytest.mark.parametrize("expression, share", [("len(p)", None), ("len(c)", 0.25)])
+def test_a_run_of_grpo(expression, share, inputs, tmp_path, watch):
+    """A group is of one prompt: a reward of the prompt alone gives no advantage, so no gradient.
+
+    What stands in a row are the prompt, the completion and the score that belong together. The
+    reference moves at every second step towards the policy there; without --ref-sync-steps never.
+    """
+    changes = {"reward": (reward_file(tmp_path / "f.py", expression),), "reward_model": None}
+    changes |= {"missing_eos_penalty": 0.0, "kl_coef": 0.0, "eval_every": 100}
+    changes |= {"save_every": 100, "learning_rate": 1e-3}
+    changes |= {} if share is None else {"ref_sync_steps": 2, "ref_mixup_alpha": share}
+    calls = watch(grpo, "rollout", "make_experience") | watch(grpo.RunFolder, "save")
+    grpo.main(small_args(grpo, inputs, tmp_path / "run", **changes))
+    for row in metrics_of(tmp_path / "run")[1:]:
+        if share is None:
+            assert row["frac_reward_zero_std"] == 1 and row["reward_std"] == row["grad_norm"] == 0
+        else:
+            assert row["frac_reward_zero_std"] < 1 and row["grad_norm"] > 0
+
+    tokenizer = grpo.load_tokenizer(inputs / "lm")
+    assert_keys_differ(calls["rollout"], 6 + 2)
+    for call, given in zip(calls["rollout"][1:-1], calls["make_experience"]):
+        sampled, rows, texts = call.result
+        tokens, mask = np.asarray(sampled.tokens), np.asarray(sampled.mask) > 0
+        prompts, completions = (
+            [tokenizer.decode(x[m & (x != tokenizer.eot_token)].tolist()) for x, m in zip(*part)]
+            for part in ((tokens[:, :-8], mask[:, :-8]), (tokens[:, -8:], mask[:, -8:]))
+        )
+        assert prompts == [row["prompt"] for row in rows] and completions == texts
+        assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 4
+        assert_equal(given.args[0].tokens, tokens)
+        assert [len(x) for x in (texts if share else prompts)] == given.args[1].tolist()
+
+    reference = grpo.load_model(inputs / "lm")[1]
+    (last,) = calls["save"]
+    policies = [call.args[0] for call in calls["rollout"]] + [last.args[2].params]
+    # Held out at step 0, steps 1 to 6, and held out at 6, before the reference moves once more.
+    for number, call in enumerate(calls["rollout"]):
+        assert largest_difference(call.args[1], reference) < 1e-6
+        if share and number in (2, 4, 7):  # after this rollout's step, number, or at the end
+            moved = policies[number + 1]
+            assert largest_difference(moved, reference) > 2e-4
+            reference = jax.tree.map(
+                lambda new, old: share * new + (1 - share) * old, moved, reference
+            )
+    if share is None:
+        assert last.args[2].ref_params is None
+    else:
+        assert largest_difference(last.args[2].ref_params, reference) < 1e-6
+
+
+@pytest.mark.parametrize("reference", ["start", "previous"])
+def test_a_run_of_iterative_dpo(reference, inputs, talkative, tmp_path, watch):
+    """A pair is of one prompt: prompt, completions, scores and pairs belong together.
+
+    The reference of both rounds is the start, or the policy that sampled the round's pairs.
+    """
+    function = reward_file(tmp_path / "f.py", "len(p) + sum(map(ord, c)) / 1e4")
+    changes = {"reward": (function,), "reward_model": None, "missing_eos_penalty": 0.0}
+    changes |= {"model": str(talkative), "pair": "best-worst", "reference": reference}
+    calls = watch(iterative_dpo, "rollout", "make_pairs", "dataset_logprobs")
+    calls |= watch(iterative_dpo.RunFolder, "save")
+    args = small_args(iterative_dpo, inputs, tmp_path / "run", eval_every=100, **changes)
+    iterative_dpo.main(args)
+    assert_keys_differ(calls["rollout"], 2 + 2)
+    start = iterative_dpo.load_model(talkative)[1]
+    saved = [call.args[2].params for call in calls["save"]]
+    assert largest_difference(saved[0], start) > 2e-4
+    sampled_by = [call.args[0] for call in calls["rollout"]]
+    assert_equal(sampled_by, [start, start, *saved])  # held out, two rounds, held out
+    used = [call.args[0] for call in calls["dataset_logprobs"]]
+    assert_equal(used, [start, start if reference == "start" else saved[0]])
+
     tokenizer = iterative_dpo.load_tokenizer(talkative)
-    eos_id, score_of = tokenizer.eot_token, iterative_dpo.load_function(f"{path}:f")
-    assert len(sampled) == len(labelled) == len(learned) == 2
-    assert_equal(references, [iterative_dpo.load_model(talkative)[1]] * 2)
-    for (tokens, mask), scores, rows in zip(sampled, labelled, learned):
+    eos_id, score_of = tokenizer.eot_token, iterative_dpo.load_function(function)
+    for call, pairs, learned in zip(*(list(x) for x in list(calls.values())[:3])):
+        tokens, mask = np.asarray(call.result[0].tokens), np.asarray(call.result[0].mask)
         prompts = [x[m > 0].tolist() for x, m in zip(tokens[:, :-8], mask[:, :-8])]
         answers = [x[m > 0].tolist() for x, m in zip(tokens[:, -8:], mask[:, -8:])]
         assert prompts[::2] == prompts[1::2] and len({tuple(ids) for ids in prompts}) == 24
         assert 5 < sum(ids[-1] == eos_id for ids in answers) < 43
         texts = [tokenizer.decode([x for x in ids if x != eos_id]) for ids in answers]
         found = np.reshape(score_of(list(map(tokenizer.decode, prompts)), texts), (24, 2))
-        np.testing.assert_allclose(scores, found, rtol=1e-6)
+        np.testing.assert_allclose(np.reshape(pairs.args[2], (24, 2)), found, rtol=1e-6)
         assert (found[:, 0] < found[:, 1]).any() and (found[:, 0] > found[:, 1]).any()
         expected = [
-            [
-                prompts[2 * i],
-                answers[2 * i + scores[i].argmax()],
-                answers[2 * i + scores[i].argmin()],
-            ]
-            for i in range(24)
+            [prompts[2 * i], answers[2 * i + x.argmax()], answers[2 * i + x.argmin()]]
+            for i, x in enumerate(found)
         ]
-        assert rows == expected
-
-
-def test_the_previous_policy_as_reference(inputs, tmp_path, monkeypatch):
-    """The one that sampled the round's pairs: the start in the first, then the last round's."""
-    saved, used, sampled_by = [], [], []
-    save, sample = iterative_dpo.RunFolder.save, iterative_dpo.sample
-    dataset_logprobs = iterative_dpo.dataset_logprobs
-
-    def watched_save(run, step, state):
-        saved.append(jax.tree.map(np.array, state.params))
-        save(run, step, state)
-
-    def watched_sample(params, *rest):
-        sampled_by.append(jax.tree.map(np.array, params))
-        return sample(params, *rest)
-
-    def watched_logprobs(params, *rest):
-        used.append(jax.tree.map(np.array, params))
-        return dataset_logprobs(params, *rest)
-
-    monkeypatch.setattr(iterative_dpo.RunFolder, "save", watched_save)
-    monkeypatch.setattr(iterative_dpo, "sample", watched_sample)
-    monkeypatch.setattr(iterative_dpo, "dataset_logprobs", watched_logprobs)
-    changes = {"eval_every": 100, "reference": "previous"}
-    iterative_dpo.main(small_args(iterative_dpo, inputs, tmp_path / "run", **changes))
-    start = iterative_dpo.load_model(inputs / "lm")[1]
-    assert len(saved) == 2 and largest_difference(saved[0], start) > 2e-4
-    assert_equal(sampled_by, [start, start, *saved])  # held out, two rounds, held out
-    assert_equal(used, [start, saved[0]])
-
-
-# ------------------------------------------------------------------------------ data
-
-
-def test_encode_rows(tokenizer, capsys):
-    eos_id = tokenizer.eot_token
-    rows = [
-        {"prompt": "The film was good, and", "a": " it is <|endoftext|>", "b": " no"},
-        {"prompt": "", "a": " yes", "b": " " + "very " * 30},
-        {"prompt": "", "a": " yes", "b": " no"},
-    ]
-    kept, encoded = sft.encode_rows(rows, ["a", "b"], tokenizer, eos_id, 3, 20)
-    assert kept == [rows[0], rows[2]]
-    assert "3 rows: 1 dropped as too long, 1 prompts shortened" in capsys.readouterr().out
-    for row, (_, *completions) in zip(kept, encoded):
-        for name, ids in zip("ab", completions):
-            assert ids[-1] == eos_id and eos_id not in ids[:-1]
-            assert tokenizer.decode(ids[:-1]) == row[name]
-    assert encoded[0][0] == tokenizer.encode_ordinary(rows[0]["prompt"])[-3:]
-    assert encoded[1][0] == [eos_id]
-
-
-def test_encode_rows_of_prompts_alone(tokenizer, capsys):
-    """As iterative_dpo.py reads them: nothing is dropped, a long prompt loses its beginning."""
-    rows = [{"prompt": "", "x": 1}, {"prompt": "The film was good, and", "x": 2}]
-    ids = tokenizer.encode_ordinary(rows[1]["prompt"])
-    rest = ([], tokenizer, tokenizer.eot_token, 3, 1)
-    assert iterative_dpo.encode_rows(rows, *rest) == (rows, [[[tokenizer.eot_token]], [ids[-3:]]])
-    assert "2 rows: 0 dropped as too long, 1 prompts shortened" in capsys.readouterr().out
-
-
-def test_a_completion_that_just_fits_is_kept(tokenizer):
-    ids = tokenizer.encode_ordinary(" it is a good film")
-    row = {"prompt": "x", "completion": " it is a good film"}
-    rest = (["completion"], tokenizer, tokenizer.eot_token, 4)
-    assert len(sft.encode_rows([row], *rest, len(ids) + 1)[0]) == 1
-    with pytest.raises(SystemExit):
-        sft.encode_rows([row], *rest, len(ids))
-
-
-@pytest.mark.parametrize("size", [1, 4, 7, 50])
-def test_every_token_of_a_text_is_a_target_once(tokenizer, size):
-    eos_id = tokenizer.eot_token
-    for count in range(1, 12):
-        text = " ".join(["film", "was", "good", "the"][i % 4] for i in range(count))
-        ids = tokenizer.encode_ordinary(text)
-        pieces = sft.encode_texts([{"text": text}], tokenizer, eos_id, size)
-        assert list(itertools.chain(*(piece for _, piece in pieces))) == [*ids, eos_id]
-        before = list(itertools.chain(*([*context, *piece[:-1]] for context, piece in pieces)))
-        assert before == [eos_id, *ids]  # what stands before each target
-        assert all(1 <= len(piece) <= size and len(context) == 1 for context, piece in pieces)
+        assert learned.args[2] == expected
 
 
 def test_texts_are_trained_on(inputs, tmp_path):
@@ -945,14 +751,71 @@ def test_texts_are_trained_on(inputs, tmp_path):
     assert metrics_of(tmp_path / "run")[-1]["step"] == 8
 
 
-def test_encode_prompts(tokenizer, capsys):
-    rows = [{"prompt": "", "x": 1}, {"prompt": "The film", "x": 2}, {"prompt": "a " * 30, "x": 3}]
-    encoded = ppo.encode_prompts(rows, tokenizer, tokenizer.eot_token, 8)
-    assert encoded == [
-        (rows[0], [tokenizer.eot_token]),
-        (rows[1], tokenizer.encode_ordinary("The film")),
+def test_a_run_of_reward_normalises_and_adds_a_pad_token(inputs, tmp_path):
+    """The gain and the shift that config.json names are in the weights; [PAD] changes no score."""
+    config, params = sft.load_model(inputs / "lm")
+    config = dataclasses.replace(config, pad_token_id=None)
+    sft.save_model(tmp_path / "lm", config, params, inputs / "lm")
+    reward.main(small_args(reward, inputs, tmp_path / "run", model=str(tmp_path / "lm")))
+    model = tmp_path / "run" / "model"
+    config_of_run, params = reward.load_model(model)
+    assert config_of_run.pad_token_id == config.vocab_size == len(params["wte"]["embedding"]) - 1
+    saved = json.loads((model / "config.json").read_text("utf-8"))
+    gain, shift = saved["reward_gain"], saved["reward_shift"]
+    assert gain > 0 and gain != 1 and shift != 0
+    before = json.loads((tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()[-1])
+    tokenizer = reward.load_tokenizer(model)
+    ids = [tokenizer.encode_ordinary(before[name]) for name in ("prompt", "chosen")]
+    tokens, mask = reward.pad_rows([[*ids[0], *ids[1], tokenizer.eot_token]], 64)
+    score = float(reward.learned_rewards(params, config_of_run, tokens, mask)[0])
+    assert score == pytest.approx(gain * before["chosen_score"] + shift, abs=1e-3 * gain)
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def limits(prompt, completion):
+    return SimpleNamespace(max_prompt_length=prompt, max_completion_length=completion)
+
+
+def test_encode_rows(tokenizer, capsys, error_line):
+    """A row whose prompt or answer is too long is dropped, one that just fits is not."""
+    eos_id, ids = tokenizer.eot_token, tokenizer.encode_ordinary
+    rows = [
+        {"prompt": "The film was good, and", "a": " it is <|endoftext|>", "b": " no"},
+        {"prompt": "", "a": " yes", "b": " " + "very " * 30},
+        {"prompt": "", "a": " yes", "b": " no"},
     ]
-    assert "3 prompts: 1 dropped" in capsys.readouterr().out
+    prompt, answer = (len(ids(rows[0][name])) for name in ("prompt", "a"))
+    assert answer + 1 <= 20
+    encoded = sft.encode_rows(rows, ["a", "b"], tokenizer, eos_id, limits(prompt, 20))
+    assert "2 of 3 rows" in capsys.readouterr().out
+    assert encoded == [
+        (row, [ids(row["prompt"]) or [eos_id], [*ids(row["a"]), eos_id], [*ids(row["b"]), eos_id]])
+        for row in (rows[0], rows[2])
+    ]
+    assert eos_id not in encoded[0][1][1][:-1]  # a text that looks like a special token is none
+    assert tokenizer.decode(encoded[0][1][1][:-1]) == rows[0]["a"]
+    for size, kept in (((prompt, answer + 1), 2), ((prompt, answer), 1), ((prompt - 1, 20), 1)):
+        found = sft.encode_rows(rows, ["a", "b"], tokenizer, eos_id, limits(*size))
+        assert [row for row, _ in found] == [rows[0], rows[2]][-kept:]
+    alone = iterative_dpo.encode_rows(rows, [], tokenizer, eos_id, limits(prompt, 1))
+    assert alone == [(row, [ids(row["prompt"]) or [eos_id]]) for row in rows]
+    error_line(sft.encode_rows, rows[:1], ["a", "b"], tokenizer, eos_id, limits(prompt, answer))
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 50])
+def test_every_token_of_a_text_is_a_target_once(tokenizer, size):
+    eos_id = tokenizer.eot_token
+    for count in range(1, 12):
+        row = {"text": " ".join(["film", "was", "good", "the"][i % 4] for i in range(count))}
+        ids = tokenizer.encode_ordinary(row["text"])
+        rows, pieces = zip(*sft.encode_texts([row], tokenizer, eos_id, size))
+        assert list(rows) == [row] * len(pieces)
+        assert list(itertools.chain(*(piece for _, piece in pieces))) == [*ids, eos_id]
+        before = list(itertools.chain(*([*context, *piece[:-1]] for context, piece in pieces)))
+        assert before == [eos_id, *ids]  # what stands before each target
+        assert all(1 <= len(piece) <= size and len(context) == 1 for context, piece in pieces)
 
 
 def test_decoded_responses_are_without_eos_and_padding(tokenizer):
@@ -964,6 +827,28 @@ def test_decoded_responses_are_without_eos_and_padding(tokenizer):
     assert texts == [" was good"]
 
 
+def test_rows_of_ids_to_arrays():
+    """Where prompt and completion stand, what is learned of them, and pairs side by side."""
+    rows = [[[8, 9, 10], [11, 12, EOS]], [[13], [14, EOS]]]
+    batch = sft.make_batch(rows, 8)
+    assert batch["tokens"].tolist() == [[8, 9, 10, 11, 12, EOS], [13, 14, EOS, 0, 0, 0]]
+    assert batch["mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]]
+    whole = sft.make_batch(rows, 8, train_on_prompt=True)
+    assert (whole["loss_mask"] == whole["mask"]).all()
+    assert sft.make_batch([rows[0], []], 8)["mask"].sum() == 6  # an empty row counts nothing
+    batch = dpo.make_batch([[[8, 9], [10, EOS], [11]], [[12], [13], [14, 15, EOS]]], 8)
+    assert batch["tokens"].tolist() == [
+        [[8, 9, 10, EOS], [8, 9, 11, 0]],
+        [[12, 13, 0, 0], [12, 14, 15, EOS]],
+    ]
+    assert batch["mask"].tolist() == [[[1] * 4, [1, 1, 1, 0]], [[1, 1, 0, 0], [1] * 4]]
+    assert batch["response_mask"].tolist() == [
+        [[0, 0, 1, 1], [0, 0, 1, 0]],
+        [[0, 1, 0, 0], [0, 1, 1, 1]],
+    ]
+
+
 def test_length_batches():
     lengths = np.random.default_rng(0).integers(1, 40, 50)
     batches = sft.length_batches(lengths, 8, 3, 0)
@@ -973,12 +858,10 @@ def test_length_batches():
     for epoch in epochs:
         assert len(set(epoch.tolist())) == 48 and set(epoch.tolist()) <= set(range(50))
         left_out |= set(range(50)) - set(epoch.tolist())
-        spans = np.sort(
-            [(lengths[b].min(), lengths[b].max()) for b in epoch.reshape(-1, 8)], axis=0
-        )
-        assert (spans[:-1, 1] <= spans[1:, 0]).all()  # the batches of an epoch cut up its lengths
-        first = [lengths[b].min() for b in epoch.reshape(-1, 8)]
-        assert first != sorted(first)  # but do not come in their order
+        first, last = np.array([np.sort(lengths[b])[[0, -1]] for b in epoch.reshape(-1, 8)]).T
+        # The batches of an epoch cut up its lengths, but do not come in their order.
+        assert (np.sort(last)[:-1] <= np.sort(first)[1:]).all()
+        assert first.tolist() != sorted(first)
     assert len(left_out) > 2
     assert not (np.sort(epochs[0]) == np.sort(epochs[1])).all()
     np.testing.assert_array_equal(batches, sft.length_batches(lengths, 8, 3, 0))
@@ -1007,57 +890,35 @@ def test_padded_width():
 @pytest.mark.parametrize("batch_size", [3, 16])
 def test_held_out_loss_is_the_mean_over_tokens(batch_size):
     """Whatever the batches: the mean over all completion tokens."""
-    config, params = make_params(sft, sft.GPT2, 0)
-    rows = random_rows(7, 5, 12)
-    total, right, count = 0.0, 0, 0
+    rows, total, right, count = random_rows(7, 5, 12), 0.0, 0, 0
     tokens, mask = sft.pad_rows([prompt + completion for prompt, completion in rows], 20)
-    logits = jax.jit(sft.GPT2(config).apply)({"params": params}, tokens, mask)
+    logits = jax.jit(sft.GPT2(CONFIG).apply)({"params": policy()}, tokens, mask)
     for (prompt, completion), row in zip(rows, np.asarray(jax.nn.log_softmax(logits))):
         logp = row[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
         total -= logp[np.arange(len(completion)), completion].sum()
         right += (logp.argmax(axis=1) == completion).sum()
         count += len(completion)
-    metrics = sft.evaluate(params, config, list(rows), batch_size, 20)
+    metrics = sft.evaluate(policy(), CONFIG, list(rows), batch_size, 20)
     assert metrics["eval/loss"] == pytest.approx(total / count, rel=1e-5)
     assert metrics["eval/mean_token_accuracy"] == pytest.approx(right / count)
 
 
 @pytest.mark.parametrize("batch_size", [5, 16])
-def test_held_out_scores_stand_in_the_order_of_the_rows(batch_size):
-    config, params = make_params(reward, reward.RewardModel, 0)
-    rows = random_rows(12, 5, 12, 9)
-    scores, metrics = reward.evaluate(params, config, rows, batch_size, 20)
-    expected = []
-    for row in rows:
-        batch = reward.make_batch([row], 20, [0.0])
-        pair = reward.eval_step(params, batch["tokens"], batch["mask"], config)
-        expected.append([float(x[0]) for x in pair])
+def test_held_out_pairs_stand_in_the_order_of_the_rows(batch_size):
+    """Scores of reward.py and log-probabilities of dpo.py, computed by length."""
+    rows, params = random_rows(12, 5, 12, 9), make_start(reward)
+    scores, metrics = reward.evaluate(params, CONFIG, rows, batch_size, 20)
+    batch = reward.make_batch(rows, 20, [0.0] * 12)  # that rows do not mix is shown above
+    expected = np.stack(reward.eval_step(params, batch["tokens"], batch["mask"], CONFIG), axis=1)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    margins = np.diff(expected)[:, 0]
-    assert metrics["eval/rewards/accuracies"] == pytest.approx((margins < 0).mean())
-    assert metrics["eval/loss"] == pytest.approx(np.log1p(np.exp(margins)).mean(), rel=1e-4)
-
-
-def test_logprobs_of_pairs_stand_in_the_order_of_the_rows():
-    config, params, rows, batch = dpo_batch()
-    expected = np.asarray(dpo.pair_logprobs(params, batch, config))
-    found = dpo.dataset_logprobs(params, config, rows, 3, 20)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert len({round(float(x), 3) for x in found.ravel()}) == 16
-
-
-def test_pairs_of_ids_to_arrays():
-    """Chosen and rejected of a row stand side by side, each after the prompt."""
-    batch = dpo.make_batch([[[8, 9], [10, EOS], [11]], [[12], [13], [14, 15, EOS]]], 8)
-    assert batch["tokens"].tolist() == [
-        [[8, 9, 10, EOS], [8, 9, 11, 0]],
-        [[12, 13, 0, 0], [12, 14, 15, EOS]],
-    ]
-    assert batch["mask"].tolist() == [[[1] * 4, [1, 1, 1, 0]], [[1, 1, 0, 0], [1] * 4]]
-    assert batch["response_mask"].tolist() == [
-        [[0, 0, 1, 1], [0, 0, 1, 0]],
-        [[0, 1, 0, 0], [0, 1, 1, 1]],
-    ]
+    margins = -np.diff(expected)[:, 0]
+    assert metrics["eval/rewards/accuracies"] == pytest.approx((margins > 0).mean())
+    assert metrics["eval/loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-4)
+    logprobs = dpo.dataset_logprobs(policy(), CONFIG, rows, batch_size, 20)
+    expected = dpo.pair_logprobs(policy(), dpo.make_batch(rows, 20), CONFIG)
+    np.testing.assert_allclose(logprobs, expected, atol=2e-5)
+    for found in (scores, logprobs):
+        assert len({round(float(x), 3) for x in found.ravel()}) > 20
 
 
 def test_calibration_error():
@@ -1070,91 +931,73 @@ def test_calibration_error():
     assert reward.calibration_error(coin) == pytest.approx(0.5, abs=0.05)
 
 
-# ------------------------------------------------------------------------------ reward's last steps
-
-
 def test_normalised_scores():
     """The folded model's score is gain * score + shift: mean 0, within-prompt deviation 1."""
-    config, params = make_params(reward, reward.RewardModel, 0)
-    tokens, mask = reward.pad_rows(
-        [[*prompt, *answer] for prompt, answer in random_rows(24, 5, 12)], 20
-    )
-    raw = np.asarray(reward.score_sequences(params, config, tokens, mask)).reshape(6, 4)
+    rows = [[*prompt, *answer] for prompt, answer in random_rows(24, 5, 12)]
+    tokens, mask = reward.pad_rows(rows, 20)
+    params = make_start(reward)
+    raw = np.asarray(reward.learned_rewards(params, CONFIG, tokens, mask)).reshape(6, 4)
     raw = raw + np.linspace(0, 30, 6)[:, None]  # prompts differ much more than samples
     params = params | {"ln_f": params["ln_f"] | {"bias": params["ln_f"]["bias"] + 0.3}}
-    plain = np.asarray(reward.score_sequences(params, config, tokens, mask))
-    folded, config = reward.normalise(params, config, raw)
-    scores = raw * config.reward_gain + config.reward_shift
+    plain = np.asarray(reward.learned_rewards(params, CONFIG, tokens, mask))
+    folded, gain, shift = reward.normalise(params, raw)
+    scores = raw * gain + shift
     assert abs(scores.mean()) < 1e-4
     within = np.sqrt(np.mean(scores.var(axis=1, ddof=1)))  # as many samples to each prompt
     assert within == pytest.approx(1, rel=1e-5)
-    after = np.asarray(reward.score_sequences(folded, config, tokens, mask))
-    expected = plain * config.reward_gain + config.reward_shift
-    np.testing.assert_allclose(after, expected, atol=1e-4)
-
-
-def test_a_run_normalises_on_samples_of_its_start(inputs, tmp_path):
-    reward.main(small_args(reward, inputs, tmp_path / "run"))
-    config, params = reward.load_model(tmp_path / "run" / "model")
-    assert config.reward_gain > 0 and config.reward_gain != 1 and config.reward_shift != 0
-    before = json.loads((tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()[-1])
-    tokenizer = reward.load_tokenizer(tmp_path / "run" / "model")
-    ids = [tokenizer.encode_ordinary(before[name]) for name in ("prompt", "chosen")]
-    tokens, mask = reward.pad_rows([[*ids[0], *ids[1], tokenizer.eot_token]], 64)
-    score = float(reward.score_sequences(params, config, tokens, mask)[0])
-    expected = config.reward_gain * before["chosen_score"] + config.reward_shift
-    assert score == pytest.approx(expected, abs=1e-3 * config.reward_gain)
+    after = np.asarray(reward.learned_rewards(folded, CONFIG, tokens, mask))
+    np.testing.assert_allclose(after, plain * gain + shift, atol=1e-4)
 
 
 def test_a_pad_token_keeps_the_scores(inputs, tmp_path):
     config, params = reward.load_model(inputs / "scorer")
     config = dataclasses.replace(config, pad_token_id=config.eos_token_id)
-    tokens, mask = reward.pad_rows(
-        [[*prompt, *answer] for prompt, answer in random_rows(6, 5, 12)], 20
-    )
-    before = reward.score_sequences(params, config, tokens, mask)
+    rows = [[*prompt, *answer] for prompt, answer in random_rows(6, 5, 12)]
+    tokens, mask = reward.pad_rows(rows, 20)
+    before = reward.learned_rewards(params, config, tokens, mask)
     padded, new = reward.add_pad_token(params, config, inputs / "scorer", tmp_path / "tokenizer")
     assert new.pad_token_id == config.vocab_size == new.vocab_size - 1
-    np.testing.assert_array_equal(before, reward.score_sequences(padded, new, tokens, mask))
+    np.testing.assert_array_equal(before, reward.learned_rewards(padded, new, tokens, mask))
     reward.save_model(tmp_path / "model", new, padded, tmp_path / "tokenizer")
     old, tokenizer = (reward.load_tokenizer(f) for f in (inputs / "scorer", tmp_path / "model"))
     assert tokenizer._special_tokens["[PAD]"] == new.pad_token_id
     assert tokenizer.encode_ordinary(" [PAD] it is") == old.encode_ordinary(" [PAD] it is")
     assert tokenizer.token_byte_values() == old.token_byte_values()
-    again = reward.score_sequences(*reward.load_model(tmp_path / "model")[::-1], tokens, mask)
+    again = reward.learned_rewards(*reward.load_model(tmp_path / "model")[::-1], tokens, mask)
     np.testing.assert_array_equal(before, again)
-
-
-def test_a_model_without_a_pad_token_gets_one_in_a_run(inputs, tmp_path):
-    config, params = sft.load_model(inputs / "lm")
-    config = dataclasses.replace(config, pad_token_id=None)
-    sft.save_model(tmp_path / "lm", config, params, inputs / "lm")
-    reward.main(small_args(reward, inputs, tmp_path / "run", model=str(tmp_path / "lm")))
-    saved, params = reward.load_model(tmp_path / "run" / "model")
-    assert saved.pad_token_id == config.vocab_size == len(params["wte"]["embedding"]) - 1
 
 
 # ------------------------------------------------------------------------------ optimizer
 
 
-def test_learning_rate_schedule():
-    """1/4, …, 4/4 of the peak in four steps, then linear to 0 at step 12."""
-    found = [float(sft.learning_rate_at(step, 0.8, 4, 12)) for step in range(13)]
-    expected = [0.2, 0.4, 0.6, 0.8, *(0.8 * (12 - step) / 8 for step in range(4, 13))]
-    assert found == pytest.approx(expected, abs=1e-7)
-    without_warmup = [float(sft.learning_rate_at(step, 0.8, 0, 4)) for step in range(5)]
-    assert without_warmup == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0], abs=1e-7)
+def optimizer_args(warmup_steps, weight_decay=0.0):
+    rest = {"learning_rate": 0.8, "max_grad_norm": 1.0}
+    return SimpleNamespace(warmup_steps=warmup_steps, weight_decay=weight_decay, **rest)
+
+
+@pytest.mark.parametrize("warmup, total", [(4, 12), (1, 4), (0, 4), (12, 13), (100, 300)])
+def test_learning_rate_schedule(warmup, total):
+    """Steps 0, 1, … have 1/n, 2/n, … of the peak, step n - 1 all of it, step total none.
+
+    n = 0 counts as 1.
+    """
+    _, schedule = ppo.make_optimizer(optimizer_args(warmup), total)
+    warmup = max(warmup, 1)
+    rise = [0.8 * (step + 1) / warmup for step in range(warmup)]
+    fall = [0.8 * (total - step) / (total - warmup) for step in range(warmup, total + 1)]
+    found = jax.vmap(schedule)(jnp.arange(total + 1))
+    np.testing.assert_allclose(found, rise + fall, rtol=0, atol=2e-7)
+    assert rise[warmup - 1] == fall[0] == 0.8 and fall[-1] == 0
+    assert float(schedule(warmup)) == pytest.approx(0.8, abs=1e-7)  # as it is logged
 
 
 def test_optimizer_follows_its_schedule_and_decays_matrices_only():
-    args = SimpleNamespace(learning_rate=0.1, warmup_steps=2, weight_decay=0.5, max_grad_norm=1.0)
-    optimizer, schedule = sft.make_optimizer(args, 4)
-    params = make_params(sft, sft.GPT2, 0)[1]
-    params = jax.tree.map(jnp.ones_like, params)
+    optimizer, schedule = sft.make_optimizer(optimizer_args(2, weight_decay=0.5), 4)
+    params = jax.tree.map(jnp.ones_like, policy())
     zeros = jax.tree.map(jnp.zeros_like, params)
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for step in range(3):
-        updates, state = optimizer.update(zeros, state, params)
+        updates, state = update(zeros, state, params)
         expected = -float(schedule(step)) * 0.5
         assert float(updates["wte"]["embedding"][0, 0]) == pytest.approx(expected, rel=1e-4)
         kernel = updates["h.0"]["attn"]["c_attn"]["kernel"]
@@ -1165,14 +1008,12 @@ def test_optimizer_follows_its_schedule_and_decays_matrices_only():
 
 def test_gradients_are_clipped_by_their_global_norm():
     """Adam does not see the gradient's scale, but two steps see how it changed."""
-    args = SimpleNamespace(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0)
-    params = {"kernel": jnp.zeros(2)}
+    params, (optimizer, _) = {"kernel": jnp.zeros(2)}, sft.make_optimizer(optimizer_args(0), 10)
+    update = jax.jit(optimizer.update)
 
     def second_update(scale):
-        optimizer, _ = sft.make_optimizer(args, 10)
-        state = optimizer.init(params)
-        _, state = optimizer.update({"kernel": jnp.array([0.6, 0.8])}, state, params)
-        return optimizer.update({"kernel": scale * jnp.array([0.6, -0.8])}, state, params)[0]
+        _, state = update({"kernel": jnp.array([0.6, 0.8])}, optimizer.init(params), params)
+        return update({"kernel": scale * jnp.array([0.6, -0.8])}, state, params)[0]
 
     assert_equal(second_update(1.0), second_update(64.0))
     assert largest_difference(second_update(1.0), second_update(0.1)) > 1e-3

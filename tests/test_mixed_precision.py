@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -329,13 +328,6 @@ def test_spread_of_the_log_ratio():
 
 
 # ------------------------------------------------------------------------------ runs
-
-
-@pytest.fixture(autouse=True)
-def keep_signals():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import random
 import socket
 import sys
-import textwrap
 import threading
 import time
 
@@ -32,42 +31,38 @@ def scores(function, *completions, **columns):
     return function(prompts=["p"] * len(completions), completions=list(completions), **columns)
 
 
-def passes(program, tests=TESTS):
-    return scores(rewards.python_tests, program, tests=tests) == [1.0]
+def assert_scores(function, score, texts, **columns):
+    """That each of the texts has this score."""
+    found = scores(function, *texts, **columns)
+    assert [text for text, x in zip(texts, found) if x != score] == []
+
+
+def assert_programs(score, *programs, tests=TESTS):
+    """That each of these programs passes (1), or none does (0)."""
+    assert_scores(rewards.python_tests, score, programs, tests=tests)
+
+
+@pytest.fixture(autouse=True)
+def busy_machine(monkeypatch):
+    """Time enough for a right program, whatever else runs here."""
+    monkeypatch.setattr(rewards, "SECONDS", 20)
 
 
 # ---------------------------------------------------------------- all
 
 
 def test_the_shelf():
-    assert list(FUNCTIONS) == [
-        "keyword_sentiment",
-        "phrase_ending",
-        "length_window",
-        "repetition_penalty",
-        "diversity_bonus",
-        "tag_format",
-        "valid_json",
-        "numeric_answer",
-        "python_tests",
-    ]
+    names = ["keyword_sentiment", "phrase_ending", "length_window", "repetition_penalty"]
+    names += ["diversity_bonus", "tag_format", "valid_json", "numeric_answer", "python_tests"]
+    assert list(FUNCTIONS) == names
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_one_number_for_any_text(name):
     """Empty, broken and long texts; further columns are ignored, as TRL passes its own."""
     rng = random.Random(name)
-    texts = [
-        "",
-        " ",
-        "\n",
-        "\x00",
-        "\ud800",
-        "中文 🙂 \u0663",
-        "9" * 10_000,
-        "a " * 10_000,
-        "[" * 10_000,
-    ]
+    texts = ["", " ", "\n", "\x00", "\ud800", "中文 🙂 \u0663"]
+    texts += ["9" * 10_000, "a " * 10_000, "[" * 10_000]
     texts += ["".join(chr(rng.randrange(0x3000)) for _ in range(50)) for _ in range(3)]
     columns = {"answer": "3", "tests": ["assert add(1, 2) == 3"], "phrase": "x", "SECONDS": 0}
     found = scores(FUNCTIONS[name], *texts, **columns, completion_ids=[1], trainer_state=None)
@@ -158,23 +153,17 @@ def test_diversity_bonus_sees_no_other_group():
 # ---------------------------------------------------------------- format
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("<think>a</think><answer>b</answer>", 1),
-        ("\n<think>3 < 5,\nso</think>\n\n<answer>\n5\n</answer>\n", 1),
-        ("<think></think><answer>b</answer>", 0),
-        ("<think>a</think>", 0),
-        ("<think>a</think> so <answer>b</answer>", 0),
-        ("<think>a</think><answer>b</answer> and more", 0),
-        ("<think>a</think><answer>b</answer><answer>c</answer>", 0),
-        ("<think>a<think>b</think></think><answer>c</answer>", 0),
-        ("<answer>b</answer><think>a</think>", 0),
-        ("<THINK>a</THINK><answer>b</answer>", 0),
-    ],
-)
-def test_tag_format(text, score):
-    assert scores(rewards.tag_format, text) == [score]
+def test_tag_format():
+    right = ["<think>a</think><answer>b</answer>"]
+    right += ["\n<think>3 < 5,\nso</think>\n\n<answer>\n5\n</answer>\n"]
+    assert_scores(rewards.tag_format, 1, right)
+    wrong = ["<think></think><answer>b</answer>", "<think>a</think>"]
+    wrong += ["<think>a</think> so <answer>b</answer>"]
+    wrong += ["<think>a</think><answer>b</answer> and more"]
+    wrong += ["<think>a</think><answer>b</answer><answer>c</answer>"]
+    wrong += ["<think>a<think>b</think></think><answer>c</answer>"]
+    wrong += ["<answer>b</answer><think>a</think>", "<THINK>a</THINK><answer>b</answer>"]
+    assert_scores(rewards.tag_format, 0, wrong)
 
 
 def test_tag_format_is_fast_on_texts_that_nearly_fit():
@@ -184,104 +173,42 @@ def test_tag_format_is_fast_on_texts_that_nearly_fit():
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ('{"a": [1, 2.5e3, null, true, "x"]}', 1),
-        ("[]", 1),
-        (' \n{"ключ": "\\ud83d\\ude00"}\n', 1),
-        ("[" + "9" * 10_000 + "]", 1),
-        ("1", 0),
-        ('"text"', 0),
-        ("null", 0),
-        ("[NaN]", 0),
-        ("[-Infinity]", 0),
-        ("{'a': 1}", 0),
-        ('{"a": 1,}', 0),
-        ('{"a": 1} and more', 0),
-        ('{"a": 1', 0),
-        ("", 0),
-        ("[" * 100_000, 0),
-        ("[" * 100_000 + "]" * 100_000, 0),  # deeper than Python reads
-    ],
-)
-def test_valid_json(text, score):
-    assert scores(rewards.valid_json, text) == [score]
+def test_valid_json():
+    right = ['{"a": [1, 2.5e3, null, true, "x"]}', "[]", "[" + "9" * 10_000 + "]"]
+    right += [' \n{"ключ": "\\ud83d\\ude00"}\n']
+    assert_scores(rewards.valid_json, 1, right)
+    wrong = ["1", '"text"', "null", "[NaN]", "[-Infinity]", "{'a': 1}", '{"a": 1,}']
+    wrong += ['{"a": 1} and more', '{"a": 1', "", "[" * 100_000]
+    wrong += ["[" * 100_000 + "]" * 100_000]  # deeper than Python reads
+    assert_scores(rewards.valid_json, 0, wrong)
 
 
 # ---------------------------------------------------------------- mathematics
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("5", "5.0"),
-        ("5", 5),
-        ("5.50", 5.5),
-        ("0.00001", 1e-05),
-        ("1,234", "1234"),
-        ("1234", "1,234.00"),
-        ("It is $1,234,567.89.", "1234567.89"),
-        ("-$5", "-5"),
-        ("$-5", "-5"),
-        ("\u22125", "-5"),
-        ("x = -7", "-7"),
-        ("10-3", "3"),
-        ("(10)-3", "3"),
-        ("10 - 3 = 7", "7"),
-        ("half is .5", "0.5"),
-        ("well...5", "5"),
-        ("So 5.", "5"),
-        ("**5**", "5"),
-        ("\\boxed{5}", "5"),
-        ("$5$", "5"),
-        ("50%", "50"),
-        ("1, 2, 3", "3"),
-        ("1,2345", "2345"),
-        ("+5", "5"),
-        ("007", "7"),
-        ("-0", "0"),
-        ("1e3", "1000"),
-        ("9" * 5_000, "9" * 5_000),
-        # the column may be a worked answer
-        ("132", "48/2 = 24 clips in May.\n#### 132"),
-        ("She has 3 * 4 = 12.\n#### 1,234", "It is 1234.\n#### 1234"),
-        ("#### 7 of the 12", "7"),
-        ("#### 1\n#### 2", "2"),
-        ("#### $ 72", "72"),
-    ],
-)
-def test_numeric_answer_is_right(text, answer):
-    assert scores(rewards.numeric_answer, text, answer=answer) == [1]
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("", "5"),
-        ("five", "5"),
-        ("-5", "5"),
-        ("5", "-5"),
-        ("10-3", "-3"),
-        ("5.01", "5"),
-        ("55", "5"),
-        ("5 or 6", "5"),
-        ("1,234", "234"),
-        ("12,34", "1234"),
-        ("5 ####", "5"),
-        ("5 #### none", "5"),
-        ("#### 6, no: it is 5", "5"),
-        ("6", "5\n#### 5, not 6"),
-        ("9" * 5_000, "9" * 4_999 + "8"),  # more digits than a float or Python's int() reads
-        ("0.1000000000000000000000000001", "0.1"),
-        ("\u0665", "5"),  # another script's five
-        ("1e999", "5"),
-        ("NaN", "5"),
-        ("inf", "5"),
-    ],
-)
-def test_numeric_answer_is_wrong(text, answer):
-    assert scores(rewards.numeric_answer, text, answer=answer) == [0]
+def test_numeric_answer():
+    right = [("5", "5.0"), ("5", 5), ("5.50", 5.5), ("0.00001", 1e-05), ("1e3", "1000")]
+    right += [("1,234", "1234"), ("1234", "1,234.00"), ("It is $1,234,567.89.", "1234567.89")]
+    right += [("-$5", "-5"), ("$-5", "-5"), ("\u22125", "-5"), ("x = -7", "-7"), ("-0", "0")]
+    right += [("10-3", "3"), ("(10)-3", "3"), ("10 - 3 = 7", "7"), ("+5", "5"), ("007", "7")]
+    right += [("half is .5", "0.5"), ("well...5", "5"), ("So 5.", "5"), ("**5**", "5")]
+    right += [("\\boxed{5}", "5"), ("$5$", "5"), ("50%", "50"), ("1, 2, 3", "3")]
+    right += [("1,2345", "2345"), ("9" * 5_000, "9" * 5_000)]
+    # the column may be a worked answer
+    right += [("132", "48/2 = 24 clips in May.\n#### 132"), ("#### 7 of the 12", "7")]
+    right += [("She has 3 * 4 = 12.\n#### 1,234", "It is 1234.\n#### 1234")]
+    right += [("#### 1\n#### 2", "2"), ("#### $ 72", "72")]
+    wrong = [("", "5"), ("five", "5"), ("-5", "5"), ("5", "-5"), ("10-3", "-3"), ("5.01", "5")]
+    wrong += [("55", "5"), ("5 or 6", "5"), ("1,234", "234"), ("12,34", "1234")]
+    wrong += [("5 ####", "5"), ("5 #### none", "5"), ("#### 6, no: it is 5", "5")]
+    wrong += [("6", "5\n#### 5, not 6"), ("0.1000000000000000000000000001", "0.1")]
+    wrong += [("9" * 5_000, "9" * 4_999 + "8")]  # more digits than a float or Python's int() reads
+    wrong += [("\u0665", "5")]  # another script's five
+    wrong += [("1e999", "5"), ("NaN", "5"), ("inf", "5")]
+    for pairs, score in ((right, 1), (wrong, 0)):
+        texts, answers = zip(*pairs)
+        found = rewards.numeric_answer(["p"] * len(pairs), texts, answer=answers)
+        assert [pair for pair, x in zip(pairs, found) if x != score] == []
 
 
 def test_numeric_answer_does_not_apply_without_an_answer():
@@ -302,29 +229,30 @@ def test_numeric_answer_serves_the_arithmetic_data():
 # ---------------------------------------------------------------- programs
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
+def test_a_right_program_passes():
+    code = "Here it is:\n\n```\n{}```\nIt adds."
+    two = "```python\nraise ValueError\n```\nBetter:\n```python\n{}```"
+    run = "import asyncio\n\nasync def f(a, b):\n    return a + b\n\n"
+    run += "def add(a, b):\n    return asyncio.run(f(a, b))"
+    record = "from dataclasses import dataclass\n\n@dataclass\nclass C:\n    x: int\n\n"
+    assert_programs(
+        1,
         ADD,
         f"```python\n{ADD}```",
-        f"Here it is:\n\n```\n{ADD}```\nIt adds.",
+        code.format(ADD),
         f"```py\n{ADD}",  # cut off, or ended by EOS
-        f"```python\nraise ValueError\n```\nBetter:\n```python\n{ADD}```",
+        two.format(ADD),
         ADD + "print('hello')\nif __name__ == '__main__':\n    input()",
         ADD + "import sys\nsys.stdout.write('x' * 10**6)",
-        "import asyncio\n\nasync def f(a, b):\n    return a + b\n\n"
-        "def add(a, b):\n    return asyncio.run(f(a, b))",
-        "from dataclasses import dataclass\n\n@dataclass\nclass C:\n    x: int\n\n" + ADD,
+        run,
+        record + ADD,
         ADD + "import threading, time\nthreading.Thread(target=time.sleep, args=(9,)).start()",
-    ],
-)
-def test_a_right_program_passes(completion):
-    assert passes(completion)
+    )
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
+def test_a_wrong_program_or_an_early_exit_does_not_pass():
+    assert_programs(
+        0,
         "",
         "no code",
         "def add(a, b):\n    return a - b",
@@ -342,10 +270,7 @@ def test_a_right_program_passes(completion):
         "print('ok')\nprint('passed')\nexit()",
         "def add(a, b):\n    return add(a, b)",
         ADD + "raise KeyboardInterrupt",
-    ],
-)
-def test_a_wrong_program_or_an_early_exit_does_not_pass(completion):
-    assert not passes(completion)
+    )
 
 
 def test_rows_are_told_apart():
@@ -355,27 +280,20 @@ def test_rows_are_told_apart():
     assert found == [1, None, None, 1, 0]
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        "import sys\ntoken = sys.stdin.read()",
-        "import os\ntoken = os.read(0, 100).decode()",
-        "import sys\ntoken = ' '.join(sys.argv)",
-        "import os\ntoken = str(dict(os.environ))",
-        "token = open('/proc/self/cmdline').read()",
-        "token = open('job.json').read()",
-        "import os\ntoken = str(os.listdir('.'))",
-        "import sys\ntoken = str(sys._getframe(1).f_globals) + str(sys._getframe(1).f_locals)",
-        "import __main__\ntoken = str(vars(__main__))",
-    ],
-)
-def test_the_token_is_not_where_a_program_looks(read, monkeypatch):
+def test_the_token_is_not_where_a_program_looks(monkeypatch):
     """With a token that this test knows: it is not in what was read, which does not pass as it."""
     monkeypatch.setattr(rewards.secrets, "token_hex", lambda _: "0123456789abcdef" * 2)
-    read = f"import os\ntry:\n{textwrap.indent(read, '    ')}\nexcept OSError:\n    token = ''\n"
-    assert passes(read + "assert '0123456789abcdef' * 2 not in token\n" + ADD)
+    places = ["__import__('sys').stdin.read()", "os.read(0, 100).decode()"]
+    places += ["' '.join(__import__('sys').argv)", "str(dict(os.environ))"]
+    places += ["open('/proc/self/cmdline').read()", "open('job.json').read()"]
+    places += ["str(os.listdir('.'))", "str(vars(__import__('__main__')))"]
+    places += ["str([(f := __import__('sys')._getframe(1)).f_globals, f.f_locals])"]
+    read = "import os\ntry:\n    token = {}\nexcept OSError:\n    token = ''\n"
+    reads = [read.format(place) for place in places]
     forge = "for fd in range(3):\n    os.write(fd, token.encode())\nos._exit(0)"
-    assert not passes(read + forge)
+    check = "assert '0123456789abcdef' * 2 not in token\n" + ADD
+    assert_programs(1, *(read + check for read in reads))
+    assert_programs(0, *(read + forge for read in reads))
 
 
 def test_a_program_that_does_not_end_is_killed_in_time(monkeypatch):
@@ -386,7 +304,7 @@ def test_a_program_that_does_not_end_is_killed_in_time(monkeypatch):
     start = time.perf_counter()
     assert scores(rewards.python_tests, endless, forever, sleep, tests=TESTS) == [0, 0, 0]
     assert time.perf_counter() - start < 10
-    assert not passes(ADD, ["while True: pass"])
+    assert_programs(0, ADD, tests=["while True: pass"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit address space")
@@ -396,7 +314,18 @@ def test_memory_is_limited():
     slow = ADD + "x = []\nwhile True: x.append(bytearray(2**24))"
     assert scores(rewards.python_tests, half, bomb, slow, tests=TESTS) == [1, 0, 0]
     caught = ADD + "try:\n    x = bytearray(2**30)\nexcept MemoryError: pass"
-    assert passes(caught)
+    assert_programs(1, caught)
+
+
+REFUSED = f"""
+import os, socket
+try:
+    {{}}
+except PermissionError:
+    pass
+else:
+    raise ValueError
+{ADD}"""
 
 
 def test_no_connection_can_be_opened():
@@ -413,18 +342,14 @@ def test_no_connection_can_be_opened():
     threading.Thread(target=accept, daemon=True).start()
     address = server.getsockname()
     socket.create_connection(address).close()  # that it listens
-    for attempt in (
-        f"socket.create_connection({address})",
-        f"socket.socket().connect_ex({address})",
-        f"__import__('_socket').socket().connect({address})",
-        f"socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', {address})",
-        "socket.socket().bind(('127.0.0.1', 0))",
-        "socket.getaddrinfo('localhost', 80)",
-        f"__import__('urllib.request').request.urlopen('http://127.0.0.1:{address[1]}')",
-    ):
-        assert not passes(f"import socket\n{attempt}\n{ADD}"), attempt
-        refused = f"import socket\ntry:\n    {attempt}\nexcept PermissionError:\n    pass\n"
-        assert passes(refused + f"else:\n    raise ValueError\n{ADD}") or "urllib" in attempt
+    attempts = [f"socket.create_connection({address})", "socket.getaddrinfo('localhost', 80)"]
+    attempts += [f"socket.socket().connect_ex({address})"]
+    attempts += [f"__import__('_socket').socket().connect({address})"]
+    attempts += [f"socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', {address})"]
+    attempts += ["socket.socket().bind(('127.0.0.1', 0))"]
+    assert_programs(1, *(REFUSED.format(attempt) for attempt in attempts))
+    attempts += [f"__import__('urllib.request').request.urlopen('http://127.0.0.1:{address[1]}')"]
+    assert_programs(0, *(f"import socket\n{attempt}\n{ADD}" for attempt in attempts))
     server.close()
     assert len(accepted) == 1
 
@@ -432,28 +357,18 @@ def test_no_connection_can_be_opened():
 def test_no_process_is_started_and_no_file_is_changed(tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("as it was")
-    for attempt in (
-        "os.fork()",
-        "os.system('true')",
-        "__import__('subprocess').run(['true'])",
-        "__import__('multiprocessing').Process(target=print).start()",
-        "os.execv('/bin/true', ['true'])",
-        "os.kill(os.getppid(), 0)",
-        "__import__('ctypes').CDLL(None)",
-        f"open({str(kept)!r}, 'w')",
-        f"open({str(kept)!r}, 'r+')",
-        f"os.open({str(kept)!r}, os.O_RDONLY | os.O_TRUNC)",
-        f"open({str(tmp_path / 'made')!r}, 'x')",
-        "open('made_in_its_own_folder', 'w')",
-        f"os.remove({str(kept)!r})",
-        f"os.rename({str(kept)!r}, {str(kept)!r} + '2')",
-        f"__import__('shutil').rmtree({str(tmp_path)!r})",
-        f"os.mkdir({str(tmp_path / 'made')!r})",
-    ):
-        refused = f"import os\ntry:\n    {attempt}\nexcept PermissionError:\n    pass\n"
-        assert passes(refused + f"else:\n    raise ValueError\n{ADD}"), attempt
+    attempts = ["os.fork()", "os.system('true')", "__import__('subprocess').run(['true'])"]
+    attempts += ["__import__('multiprocessing').Process(target=print).start()"]
+    attempts += ["os.execv('/bin/true', ['true'])", "os.kill(os.getppid(), 0)"]
+    attempts += ["__import__('ctypes').CDLL(None)", "open('made_in_its_own_folder', 'w')"]
+    attempts += [f"open({str(kept)!r}, 'w')", f"open({str(kept)!r}, 'r+')"]
+    attempts += [f"os.open({str(kept)!r}, os.O_RDONLY | os.O_TRUNC)"]
+    attempts += [f"open({str(tmp_path / 'made')!r}, 'x')", f"os.mkdir({str(tmp_path / 'made')!r})"]
+    attempts += [f"os.remove({str(kept)!r})", f"os.rename({str(kept)!r}, {str(kept)!r} + '2')"]
+    attempts += [f"__import__('shutil').rmtree({str(tmp_path)!r})"]
+    assert_programs(1, *(REFUSED.format(attempt) for attempt in attempts))
     assert kept.read_text() == "as it was" and os.listdir(tmp_path) == ["kept"]
-    assert passes(f"assert open({str(kept)!r}).read() == 'as it was'\n{ADD}")  # reading is allowed
+    assert_programs(1, f"assert open({str(kept)!r}).read() == 'as it was'\n{ADD}")  # may be read
 
 
 @pytest.mark.parametrize("end", ["", "os._exit(0)", "while True: pass"])
@@ -470,7 +385,7 @@ def test_a_process_left_running_is_killed(end, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(rewards, "RUNNER", rewards.RUNNER.replace('event == "open"', "False"))
     start = time.perf_counter()
-    passes(program + "time.sleep(0.2)\n" + ADD + end)
+    scores(rewards.python_tests, program + "time.sleep(0.2)\n" + ADD + end, tests=TESTS)
     os.set_blocking(reader, True)
     assert os.read(reader, 100) == b"started"
     assert os.read(reader, 100) == b""
@@ -481,9 +396,9 @@ def test_a_process_left_running_is_killed(end, tmp_path, monkeypatch):
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(rewards.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("SECRET", "x")
-    assert passes(f"import os\nassert 'SECRET' not in os.environ\n{ADD}")
+    assert_programs(1, f"import os\nassert 'SECRET' not in os.environ\n{ADD}")
     monkeypatch.setattr(rewards, "SECONDS", 1)
-    assert not passes("while True: pass")
+    assert_programs(0, "while True: pass")
     assert os.listdir(tmp_path) == []
 
 
@@ -491,41 +406,29 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_they_run_in_trl(tmp_path):
     datasets = pytest.importorskip("datasets", reason="trl is not installed")
     trl = pytest.importorskip("trl", reason="trl is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data/arithmetic/tokenizer")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=32,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, **sizes, **ids
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [json.loads(line) for line in (ROOT / "data/arithmetic/prompts_train.jsonl").open()]
     rows = [row | {"tests": ["assert True"]} for row in rows[:8]]
     rows[0]["answer"] = rows[1]["tests"] = None
+    sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6}
+    sizes |= {"max_steps": 2, "logging_steps": 1}
+    quiet = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False}
     trainer = trl.GRPOTrainer(
         model=str(tmp_path / "model"),
         reward_funcs=list(FUNCTIONS.values()),
-        args=trl.GRPOConfig(
-            output_dir=str(tmp_path / "run"),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=6,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
+        args=trl.GRPOConfig(output_dir=str(tmp_path / "run"), **sizes, **quiet),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )

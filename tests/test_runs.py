@@ -175,14 +175,6 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    """A run sets its own handler of Ctrl-C; here it must not outlive the run."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory):
     """{script: folder of a run that was never stopped}."""

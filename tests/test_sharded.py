@@ -588,14 +588,6 @@ def test_memory_falls_as_one_over_fsdp():
 # ------------------------------------------------------------------------------ runs
 
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    """A run sets its own handler of Ctrl-C; here it must not outlive the run."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 REWARDS = """
 def ascii(prompts, completions, **_):
     return [sum(letter.isascii() for letter in text) / 4 for text in completions]
