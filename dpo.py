@@ -15,11 +15,12 @@ embedded data; the optimum is then no longer pi*. Plain DPO is --nll-coef 0.
         --max-prompt-length 128 --max-completion-length 384 --nll-coef 0
 
 Data is JSON Lines: {"prompt", "chosen", "rejected"}. With the defaults it
-takes some 35 s on two CPU cores; results: README.md.
+takes about 35 s on two CPU cores; results: README.md.
 Compare: diff dpo.py iterative_dpo.py.
 """
 
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,14 +30,14 @@ import tyro
 @dataclass(frozen=True)
 class Args:
     model: str = "runs/sft/model"  # folder or hub name: the policy's start, and the reference
-    # file.py:function of a ground truth, only logged; the embedded data's by default
+    # file.py:function, a ground truth that is only logged; default: that of the embedded data
     gold: str | None = None
     dataset: str = "data/reviews/preferences_train.jsonl"  # with prompt, chosen and rejected
     eval_dataset: str = "data/reviews/preferences_test.jsonl"  # held out; the first 256 are sampled
     run_dir: str = "runs/dpo"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
-    seed: int = 0  # of the order of the data and the samples
+    seed: int = 0  # seeds the order of the data and the samples
     epochs: int = 1  # passes over the pairs
     batch_size: int = 64  # pairs in one optimizer step
     micro_batch_size: int = 16  # pairs in one forward and backward pass
@@ -50,7 +51,7 @@ class Args:
     # weight of the chosen answer's mean negative log-likelihood a token; DPO itself has 0
     nll_coef: float = 1.0
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = 48  # tokens with EOS; a row with a longer answer is dropped
+    max_completion_length: int = 48  # tokens, EOS included; a row with a longer answer is dropped
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of sampling, and of the KL; the loss is at 1
     log_every: int = 10  # steps between lines in metrics.jsonl
@@ -58,9 +59,10 @@ class Args:
     save_every: int = 50  # steps between checkpoints
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import dataclasses
 import functools
@@ -124,6 +126,7 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     must not count more: the caller divides each log-probability by the answer's length first, as
     TRL does on its authors' word; the paper and other code sum.
     """
+    assert policy_chosen.shape == policy_rejected.shape == ref_chosen.shape == ref_rejected.shape
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     loss = jnp.mean((h - 1 / (2 * beta)) ** 2)
     return loss, {"loss": loss}
@@ -134,6 +137,7 @@ def hinge_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
     As in Liu et al. 2024, "Statistical rejection sampling improves preference optimization".
     """
+    assert policy_chosen.shape == policy_rejected.shape == ref_chosen.shape == ref_rejected.shape
     margins = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     loss = jax.nn.relu(1 - margins).mean()
     return loss, {"loss": loss}
@@ -144,11 +148,11 @@ def pair_loss(logprobs, ref_logprobs, lengths, args):
     # Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1
     nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])
     logps = {"logps/chosen": logprobs[:, 0].mean(), "logps/rejected": logprobs[:, 1].mean()}
-    if args.loss == "ipo":  # so its rewards/… are those of a mean token
+    if args.loss == "ipo":  # it compares means per token, so its rewards/… are per token, too
         logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
     pairs = (*logprobs.T, *ref_logprobs.T)
-    loss, metrics = dpo_loss(*pairs, args.beta, args.label_smoothing)
-    if args.loss == "ipo":  # the implicit rewards, rewards/…, are the same for all three
+    loss, metrics = dpo_loss(*pairs, args.beta, args.label_smoothing)  # its metrics serve all
+    if args.loss == "ipo":
         loss, _ = ipo_loss(*pairs, args.beta)
     elif args.loss == "hinge":
         loss, _ = hinge_loss(*pairs, args.beta)
@@ -188,7 +192,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params, optimizer):
-    """A state that shares no buffer with `params`: train_step gives its buffers away."""
+    """A fresh state with its own copy of `params`: train_step donates the buffers of its state."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, jax.jit(optimizer.init)(params))
 
@@ -296,7 +300,7 @@ def describe(sampled, rows, texts, scores):
     """(metrics, samples to show) of a Rollout; scores: {name: [N]}."""
     kl = compute_kl_divergence(sampled.logprobs, sampled.ref_logprobs) * sampled.response_mask
     metrics = {name: x.mean() for name, x in scores.items()} | {
-        "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+        "objective/kl": kl.sum(axis=1).mean(),  # nats per sequence
         "objective/entropy": -sampled.logprobs.sum(axis=1).mean(),
         "completions/mean_length": sampled.response_mask.sum(axis=1).mean(),
         "completions/clipped_ratio": 1 - sampled.ended.mean(),
@@ -319,12 +323,12 @@ def main(args):
     config = dataclasses.replace(config, eos_token_id=eos_id, remat=args.remat)
     gold = load_gold(args.gold, args.dataset)
     answers = ["chosen", "rejected"]
-    prompts, eval_prompts = (
+    pairs, eval_pairs = (
         encode_rows(read_jsonl(path, ["prompt", *answers]), answers, tokenizer, eos_id, args)
         for path in (args.dataset, args.eval_dataset)
     )
-    rows = [ids for _, ids in prompts]  # [[prompt, chosen, rejected], …]
-    eval_rows = [ids for _, ids in eval_prompts]
+    rows = [ids for _, ids in pairs]  # [[prompt, chosen, rejected], …]
+    eval_rows = [ids for _, ids in eval_pairs]
 
     check("score" not in ref_params, f"{args.model} is a reward model, not a language model")
     check_sizes(config, tokenizer, args)
@@ -344,8 +348,8 @@ def main(args):
     optimizer, schedule = make_optimizer(args, total_steps)
     state, start = run.start(make_state(ref_params, optimizer), total_steps)
     ref_logprobs, eval_ref_logprobs = (
-        dataset_logprobs(ref_params, config, pairs, args.micro_batch_size, max_length)
-        for pairs in (rows, eval_rows)
+        dataset_logprobs(ref_params, config, x, args.micro_batch_size, max_length)
+        for x in (rows, eval_rows)
     )
     del ref_params  # training needs no more of it than its log-probabilities
 
@@ -353,9 +357,10 @@ def main(args):
         _, ref_params = load_model(args.model)  # not kept: these samples alone need it
         models = (state.params, ref_params, config, tokenizer)
         key = stream_key(args.seed, "eval", step)
-        found = rollout(*models, prompts=eval_prompts[:256], num_samples=1, key=key, args=args)
-        scores = {"gold/reward": call_reward(gold, *found[1:])} if gold else {}
-        metrics, samples = describe(*found, scores=scores)
+        asked = eval_pairs[:256]
+        sampled, rows, texts = rollout(*models, asked, num_samples=1, key=key, args=args)
+        scores = {"gold/reward": call_reward(gold, rows, texts)} if gold else {}
+        metrics, samples = describe(sampled, rows, texts, scores)
         run.log_samples(step, samples[:8])
         size = args.micro_batch_size
         logprobs = dataset_logprobs(state.params, config, eval_rows, size, max_length)
@@ -378,8 +383,7 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
-            shown = ["loss", "objective/kl", "gold/reward", "eval/objective/kl", "eval/gold/reward"]
-            run.log(step, metrics, *shown)
+            run.log(step, metrics, "loss", "eval/loss", "eval/objective/kl", "eval/gold/reward")
         if run.due(step, args.save_every):
             run.save(step, state)
     run.finish()
@@ -475,6 +479,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -499,7 +504,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -526,7 +531,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -535,7 +540,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number a row, not V.
+        # By the inverse of the distribution function: one random number per row, not V.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
         uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
         threshold = uniform * cumulative.max(axis=-1, keepdims=True)
@@ -615,7 +620,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -623,7 +629,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))
@@ -726,7 +732,7 @@ def load_tokenizer(folder):
 
 
 def check_sizes(config, tokenizer, args):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    """Fails where ids or positions lie outside the model's tables; JAX would not complain."""
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     length = args.max_prompt_length + args.max_completion_length
@@ -790,7 +796,7 @@ def encode_rows(rows, answers, tokenizer, eos_id, args):
 
 
 def length_batches(lengths, batch_size, epochs, seed):
-    """Row numbers [steps, batch_size]: batches of like lengths, without what fills no batch."""
+    """Row numbers [steps, batch_size]: rows of similar lengths; what fills no batch is left out."""
     batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -828,7 +834,8 @@ def load_gold(name, dataset):
 
 def call_reward(function, rows, completions):
     """Scores [B] in TRL's way: the rows' columns come as lists; None ("does not apply") is 0."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
     prompts = columns.pop("prompt")
     try:
         scores = function(prompts=prompts, completions=list(completions), **columns)
@@ -873,12 +880,16 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+
+
 def check_ranges(args):
-    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
     for name, value in vars(args).items():
-        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
-        good = type(value) is not int or value >= lowest
-        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+        if type(value) is int:
+            default = getattr(type(args), name)
+            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
+            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
 
 
 class RunFolder:

@@ -3,19 +3,19 @@
 Radford et al. 2019, "Language models are unsupervised multitask learners".
 
     python gpt2.py --model gpt2 --prompt "The capital of France is"
-    python gpt2.py --model runs/sft/model --prompt "The Quiet Harbor (western)."
+    python gpt2.py --model runs/sft/model --prompt "Second Forest (western)."
     python gpt2.py --model runs/sft/model --text README.md
 
 A model is a folder in Hugging Face's GPT-2 layout (config.json,
 model.safetensors and the tokenizer's files) or a name on the hub, such as
 gpt2-xl, distilgpt2 or lvwerra/gpt2-imdb.
 
-This is the place to read model, sampling, model folder and tokenizer once: all
-that stands below the line is the same text in the other scripts. The next to
-read is sft.py.
+Read model, sampling, model folder and tokenizer here, once: the other scripts
+repeat them (their generate has no top-k and top-p). Next: sft.py.
 """
 
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,12 +34,13 @@ class Args:
     top_p: float = 1.0  # sample among the fewest tokens that hold this mass; 1: among all
     batch_size: int = 8  # windows of --text in one forward pass
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
-    seed: int = 0  # of the sampling
+    seed: int = 0  # seeds the sampling
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import dataclasses
 import functools
@@ -92,6 +93,10 @@ def perplexity(params, config, ids, batch_size):
 
 
 def main(args):
+    counts = (args.num_samples, args.max_completion_length, args.batch_size)
+    check(min(counts) > 0, "--num-samples, --max-completion-length, --batch-size: at least 1")
+    check(args.temperature >= 0, "--temperature must not be negative")
+    check(args.top_k >= 0 and 0 < args.top_p <= 1, "--top-k: 0 or more; --top-p: above 0, up to 1")
     check(args.prompt or args.text, 'nothing to do: pass --prompt "…" or --text FILE')
     check(args.dtype != "bfloat16" or jax.default_backend() != "METAL", "Metal has no bfloat16")
     config, params = load_model(args.model)
@@ -221,6 +226,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -245,7 +251,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -293,7 +299,7 @@ def generate(
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -335,7 +341,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -343,7 +350,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))

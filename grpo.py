@@ -26,11 +26,13 @@ while its gradient does not: a group's advantages sum to 0.
     python grpo.py      # runs/sft/model, runs/reward/model, embedded prompts
     python grpo.py --model gpt2 --dataset prompts.jsonl --reward rewards.py:f
 
-With the defaults it takes some 60 s on two CPU cores; results: README.md.
+With the defaults it takes about 60 s on two CPU cores; results: README.md.
 Compare: diff ppo.py grpo.py.
 """
 
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -46,14 +48,14 @@ class Args:
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # one for each --reward, in the same order; default 1
     reward_weight: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
-    # file.py:function of a ground truth, only logged; the embedded data's by default
+    # file.py:function, a ground truth that is only logged; default: that of the embedded data
     gold: str | None = None
     dataset: str = "data/reviews/prompts_train.jsonl"  # JSON Lines (or .gz) with prompt
     eval_dataset: str = "data/reviews/prompts_test.jsonl"  # held out; the first 256
     run_dir: str = "runs/grpo"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
-    seed: int = 0  # of the order of the prompts, the minibatches and the samples
+    seed: int = 0  # seeds the order of the prompts, the minibatches and the samples
     steps: int = 100  # rollouts, each followed by epochs * num_minibatches updates
     batch_size: int = 128  # completions in one rollout
     num_generations: int = 8  # completions to one prompt: a group
@@ -66,23 +68,23 @@ class Args:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     kl_coef: float = 0.3  # weight of the KL penalty
     kl_in: Literal["reward", "loss"] = "reward"  # a sequence's k1 in its reward, or k3 in the loss
-    # reward less the group's mean; the same over the group's std; or reward less the others' mean
+    # reward minus the group's mean; that divided by the group's std; reward minus the others' mean
     advantage: Literal["group", "group-std", "leave-one-out"] = "group"
     # sequence: mean of the sequences' token means; token: mean over all tokens; constant: the sum
-    # over batch size * max_completion_length
+    # divided by sequences * max_completion_length
     aggregation: Literal["sequence", "token", "constant"] = "constant"
-    # whose ratio is clipped. token: each its own; sequence: the geometric mean of the completion's
+    # token: each token's ratio is clipped; sequence: the geometric mean over the completion
     ratio_level: Literal["token", "sequence"] = "token"
     clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps … 1 + clip_eps
     clip_eps_high: float | None = None  # the upper bound is 1 + clip_eps_high; none: clip_eps
-    entropy_coef: float = 0.0  # weight of the policy's entropy at each token, which is raised
+    entropy_coef: float = 0.0  # weight of a bonus for the policy's entropy per token
     ref_sync_steps: int | None = None  # steps between moves of the reference; none: it stays
     # the new reference is alpha * policy + (1 - alpha) * the old one; objective/kl is to it
     ref_mixup_alpha: float = 1.0
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     mask_truncated_completions: bool = False  # learn nothing from a completion that does not end
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = 48  # tokens with EOS
+    max_completion_length: int = 48  # tokens, EOS included
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of sampling, and of every log-probability
     log_every: int = 1  # steps between lines in metrics.jsonl
@@ -90,9 +92,10 @@ class Args:
     save_every: int = 10  # steps between checkpoints
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import dataclasses
 import functools
@@ -175,7 +178,7 @@ def grpo_loss(
     is_high = (ratio > 1 + clip_high) & (advantages > 0)
     return loss, {
         "loss/policy_avg": loss,
-        "policy/approxkl_avg": 0.5 * mean(log_ratio**2),  # k2, as in TRL, but masked
+        "policy/approxkl_avg": 0.5 * mean(log_ratio**2),  # k2, an estimate of KL(old || new)
         "policy/clipfrac_avg": mean(is_low | is_high),
         "clip_ratio/low_mean": mean(is_low),
         "clip_ratio/high_mean": mean(is_high),
@@ -239,7 +242,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params, optimizer, ref_moves):
-    """A state that shares no buffer with `params`: train_step gives its buffers away."""
+    """A fresh state with its own copy of `params`: train_step donates the buffers of its state."""
     params = jax.tree.map(jnp.copy, params)
     ref_params = jax.tree.map(jnp.copy, params) if ref_moves else None
     return TrainState(params, jax.jit(optimizer.init)(params), ref_params)
@@ -254,7 +257,7 @@ def token_entropies(logits):
     jax.jit, static_argnames=("config", "optimizer", "args"), donate_argnames="state"
 )
 def train_step(state, batch, key, config, optimizer, args):
-    """5. Updates: epochs * num_minibatches of them on make_experience's batch: (state, metrics)."""
+    """5. Makes epochs * num_minibatches updates on make_experience's batch: (state, metrics)."""
     size, response_length = batch["logprobs"].shape
     prompt_length = batch["tokens"].shape[1] - response_length
     clip_high = args.clip_eps if args.clip_eps_high is None else args.clip_eps_high
@@ -289,6 +292,7 @@ def train_step(state, batch, key, config, optimizer, args):
         (loss, metrics), grads = accumulate_gradients(
             loss_fn, state.params, minibatch, counts, args.micro_batch_size, metric_counts=tokens
         )
+        # The loss may be a mean over sequences, the other metrics are means over tokens.
         metrics |= {"loss/policy_avg": loss, "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -352,7 +356,7 @@ class Rewards(NamedTuple):
 
     functions: list  # [(function of --reward, weight)]
     learned: tuple | None  # (config, params) of a reward model
-    gold: object  # function of the ground truth, which is only logged, or None
+    gold: Callable | None  # the ground truth, which is only logged
 
 
 def load_rewards(args, tokenizer):
@@ -380,16 +384,15 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
         scores = scores + np.asarray(learned)
     for function, weight in rewards.functions:
         scores = scores + weight * call_reward(function, rows, texts)
-    if rewards.gold:
-        return {"reward": scores, "gold/reward": call_reward(rewards.gold, rows, texts)}
-    return {"reward": scores}
+    gold = {"gold/reward": call_reward(rewards.gold, rows, texts)} if rewards.gold else {}
+    return {"reward": scores} | gold
 
 
 def describe(sampled, rows, texts, scores):
     """(metrics, samples to show) of a Rollout; scores: {name: [N]}."""
     kl = compute_kl_divergence(sampled.logprobs, sampled.ref_logprobs) * sampled.response_mask
     metrics = {name: x.mean() for name, x in scores.items()} | {
-        "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+        "objective/kl": kl.sum(axis=1).mean(),  # nats per sequence
         "objective/entropy": -sampled.logprobs.sum(axis=1).mean(),
         "completions/mean_length": sampled.response_mask.sum(axis=1).mean(),
         "completions/clipped_ratio": 1 - sampled.ended.mean(),
@@ -472,14 +475,14 @@ def main(args):
     state = make_state(ref_params, optimizer, ref_moves=args.ref_sync_steps is not None)
     state, start = run.start(state, args.steps)
 
-    def sample(prompts, num_samples, stream, step):
+    def sample(asked, num_samples, stream, step):
         """(Rollout, scores [N], metrics, samples) of the present policy."""
         reference = ref_params if state.ref_params is None else state.ref_params
         models = (state.params, reference, config, tokenizer)
         key = stream_key(args.seed, stream, step)
-        found = rollout(*models, prompts=prompts, num_samples=num_samples, key=key, args=args)
-        scores = score(*found, rewards=rewards, missing_eos_penalty=args.missing_eos_penalty)
-        return found[0], scores["reward"], *describe(*found, scores=scores)
+        sampled, rows, texts = rollout(*models, asked, num_samples=num_samples, key=key, args=args)
+        scores = score(sampled, rows, texts, rewards, args.missing_eos_penalty)
+        return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
         *_, metrics, samples = sample(eval_prompts[:256], 1, "eval", step)
@@ -626,6 +629,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -650,7 +654,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -677,7 +681,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -686,7 +690,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number a row, not V.
+        # By the inverse of the distribution function: one random number per row, not V.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
         uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
         threshold = uniform * cumulative.max(axis=-1, keepdims=True)
@@ -766,7 +770,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -774,7 +779,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))
@@ -877,12 +882,12 @@ def load_tokenizer(folder):
 
 
 def token_ids(tokenizer):
-    """{bytes: id} of what is no special token: equal for tokenizers that read every text alike."""
+    """{bytes: id} of all but special tokens: equal for tokenizers that read every text alike."""
     return {x: tokenizer.encode_single_token(x) for x in tokenizer.token_byte_values()}
 
 
 def check_sizes(config, tokenizer, args):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    """Fails where ids or positions lie outside the model's tables; JAX would not complain."""
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     length = args.max_prompt_length + args.max_completion_length
@@ -974,7 +979,8 @@ def load_gold(name, dataset):
 
 def call_reward(function, rows, completions):
     """Scores [B] in TRL's way: the rows' columns come as lists; None ("does not apply") is 0."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
     prompts = columns.pop("prompt")
     try:
         scores = function(prompts=prompts, completions=list(completions), **columns)
@@ -1019,12 +1025,16 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+
+
 def check_ranges(args):
-    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
     for name, value in vars(args).items():
-        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
-        good = type(value) is not int or value >= lowest
-        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+        if type(value) is int:
+            default = getattr(type(args), name)
+            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
+            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
 
 
 class RunFolder:

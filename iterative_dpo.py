@@ -1,4 +1,4 @@
-"""Iterative DPO: a language model samples pairs, has them labelled, learns.
+"""Iterative DPO: a model learns from pairs it samples and a reward labels.
 
 Rafailov et al. 2023, "Direct preference optimization: your language model is
 secretly a reward model". What maximises E[r] - beta * KL(pi || ref) is
@@ -18,11 +18,13 @@ another, sharper optimum.
     python iterative_dpo.py --model gpt2 --dataset my.jsonl --reward r.py:f
 
 Data is JSON Lines: {"prompt"} and any columns that a reward function wants.
-With the defaults it takes some 90 s on two CPU cores; results: README.md.
+With the defaults it takes about 90 s on two CPU cores; results: README.md.
 Compare: diff dpo.py iterative_dpo.py.
 """
 
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -38,14 +40,14 @@ class Args:
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # one for each --reward, in the same order; default 1
     reward_weight: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
-    # file.py:function of a ground truth, only logged; the embedded data's by default
+    # file.py:function, a ground truth that is only logged; default: that of the embedded data
     gold: str | None = None
     dataset: str = "data/reviews/prompts_train.jsonl"  # JSON Lines (or .gz) with prompt
     eval_dataset: str = "data/reviews/prompts_test.jsonl"  # held out; the first 256
     run_dir: str = "runs/iterative_dpo"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
-    seed: int = 0  # of the order of the data and the samples
+    seed: int = 0  # seeds the order of the data and the samples
     rounds: int = 120  # rounds of sampling, labelling and training
     prompts_per_round: int = 128  # each gives one pair
     num_generations: int = 2  # completions to one prompt; more than 2 only with best-worst
@@ -53,7 +55,7 @@ class Args:
     pair: Literal["sampled", "best-worst"] = "sampled"
     # the reference in the loss: the start, or the policy as the round began
     reference: Literal["start", "previous"] = "start"
-    reset_optimizer: bool = False  # begin moments and learning rate (warm-up!) anew in each round
+    reset_optimizer: bool = False  # restart optimizer and schedule, with its warm-up, in each round
     epochs: int = 1  # passes over the pairs
     batch_size: int = 64  # pairs in one optimizer step
     micro_batch_size: int = 16  # pairs in one forward and backward pass
@@ -68,7 +70,7 @@ class Args:
     nll_coef: float = 0.0
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = 48  # tokens with EOS; a row with a longer answer is dropped
+    max_completion_length: int = 48  # tokens, EOS included; a row with a longer answer is dropped
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of sampling, and of the KL; the loss is at 1
     log_every: int = 10  # steps between lines in metrics.jsonl
@@ -76,9 +78,10 @@ class Args:
     save_every: int = 1  # rounds between checkpoints
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import dataclasses
 import functools
@@ -142,6 +145,7 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     must not count more: the caller divides each log-probability by the answer's length first, as
     TRL does on its authors' word; the paper and other code sum.
     """
+    assert policy_chosen.shape == policy_rejected.shape == ref_chosen.shape == ref_rejected.shape
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     loss = jnp.mean((h - 1 / (2 * beta)) ** 2)
     return loss, {"loss": loss}
@@ -152,6 +156,7 @@ def hinge_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
     As in Liu et al. 2024, "Statistical rejection sampling improves preference optimization".
     """
+    assert policy_chosen.shape == policy_rejected.shape == ref_chosen.shape == ref_rejected.shape
     margins = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     loss = jax.nn.relu(1 - margins).mean()
     return loss, {"loss": loss}
@@ -162,11 +167,11 @@ def pair_loss(logprobs, ref_logprobs, lengths, args):
     # Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1
     nll = jnp.mean(-logprobs[:, 0] / lengths[:, 0])
     logps = {"logps/chosen": logprobs[:, 0].mean(), "logps/rejected": logprobs[:, 1].mean()}
-    if args.loss == "ipo":  # so its rewards/… are those of a mean token
+    if args.loss == "ipo":  # it compares means per token, so its rewards/… are per token, too
         logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
     pairs = (*logprobs.T, *ref_logprobs.T)
-    loss, metrics = dpo_loss(*pairs, args.beta, args.label_smoothing)
-    if args.loss == "ipo":  # the implicit rewards, rewards/…, are the same for all three
+    loss, metrics = dpo_loss(*pairs, args.beta, args.label_smoothing)  # its metrics serve all
+    if args.loss == "ipo":
         loss, _ = ipo_loss(*pairs, args.beta)
     elif args.loss == "hinge":
         loss, _ = hinge_loss(*pairs, args.beta)
@@ -206,7 +211,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params, optimizer):
-    """A state that shares no buffer with `params`: train_step gives its buffers away."""
+    """A fresh state with its own copy of `params`: train_step donates the buffers of its state."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, jax.jit(optimizer.init)(params))
 
@@ -315,7 +320,7 @@ class Rewards(NamedTuple):
 
     functions: list  # [(function of --reward, weight)]
     learned: tuple | None  # (config, params) of a reward model
-    gold: object  # function of the ground truth, which is only logged, or None
+    gold: Callable | None  # the ground truth, which is only logged
 
 
 def load_rewards(args, tokenizer):
@@ -343,16 +348,15 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
         scores = scores + np.asarray(learned)
     for function, weight in rewards.functions:
         scores = scores + weight * call_reward(function, rows, texts)
-    if rewards.gold:
-        return {"reward": scores, "gold/reward": call_reward(rewards.gold, rows, texts)}
-    return {"reward": scores}
+    gold = {"gold/reward": call_reward(rewards.gold, rows, texts)} if rewards.gold else {}
+    return {"reward": scores} | gold
 
 
 def describe(sampled, rows, texts, scores):
     """(metrics, samples to show) of a Rollout; scores: {name: [N]}."""
     kl = compute_kl_divergence(sampled.logprobs, sampled.ref_logprobs) * sampled.response_mask
     metrics = {name: x.mean() for name, x in scores.items()} | {
-        "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+        "objective/kl": kl.sum(axis=1).mean(),  # nats per sequence
         "objective/entropy": -sampled.logprobs.sum(axis=1).mean(),
         "completions/mean_length": sampled.response_mask.sum(axis=1).mean(),
         "completions/clipped_ratio": 1 - sampled.ended.mean(),
@@ -368,7 +372,7 @@ def make_pairs(prompts, sampled, scores, pair, rng):
     sampled: a Rollout of K completions to each of B prompts.
     """
     scores = scores.reshape(len(prompts), -1)  # [B, K]
-    if pair == "best-worst":  # the same answer twice where all score the same: nothing is learned
+    if pair == "best-worst":  # all equal: the same answer twice, from which only --nll-coef learns
         columns = np.stack([scores.argmax(axis=1), scores.argmin(axis=1)], axis=1)  # [B, 2]
     else:
         second_wins = rng.random(len(scores)) < 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
@@ -380,7 +384,7 @@ def make_pairs(prompts, sampled, scores, pair, rng):
         [ids[0], *(tokens[i, j][kept[i, j]].tolist() for j in columns[i])]
         for i, (_, ids) in enumerate(prompts)
     ]
-    return rows, np.mean(columns[:, 0] == columns[:, 1])
+    return rows, np.mean(scores.max(axis=1) == scores.min(axis=1))
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -409,9 +413,9 @@ def main(args):
     smoothing = "--label-smoothing must be at least 0 and below 0.5, and is for --loss sigmoid"
     check(0 <= args.label_smoothing < 0.5, smoothing)
     check(args.loss == "sigmoid" or not args.label_smoothing, smoothing)
-    answers = "--num-generations must be 2, or more with --pair best-worst"
-    check(args.num_generations >= 2, answers)
-    check(args.num_generations == 2 or args.pair == "best-worst", answers)
+    two = "--num-generations must be 2, or more with --pair best-worst"
+    check(args.num_generations >= 2, two)
+    check(args.num_generations == 2 or args.pair == "best-worst", two)
     fits = args.batch_size % args.micro_batch_size == 0
     check(fits, f"--micro-batch-size does not divide --batch-size {args.batch_size}")
     whole = args.prompts_per_round % args.batch_size == 0
@@ -426,13 +430,13 @@ def main(args):
     optimizer, schedule = make_optimizer(args, schedule_steps)
     state, start = run.start(make_state(ref_params, optimizer), total_steps)
 
-    def sample(prompts, num_samples, stream, step):
+    def sample(asked, num_samples, stream, step):
         """(Rollout, scores [N], metrics, samples) of the present policy."""
         models = (state.params, ref_params, config, tokenizer)
         key = stream_key(args.seed, stream, step)
-        found = rollout(*models, prompts=prompts, num_samples=num_samples, key=key, args=args)
-        scores = score(*found, rewards=rewards, missing_eos_penalty=args.missing_eos_penalty)
-        return found[0], scores["reward"], *describe(*found, scores=scores)
+        sampled, rows, texts = rollout(*models, asked, num_samples=num_samples, key=key, args=args)
+        scores = score(sampled, rows, texts, rewards, args.missing_eos_penalty)
+        return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
         *_, metrics, samples = sample(eval_prompts[:256], 1, "eval", step)
@@ -445,11 +449,12 @@ def main(args):
         number, step_of_round = divmod(step - 1, steps_per_round)
         if step_of_round == 0:  # a new round
             rng = np.random.default_rng([args.seed, number])
-            chosen = rng.choice(len(prompts), args.prompts_per_round, replace=False)
-            asked = [prompts[i] for i in chosen]
-            answers = sample(asked, args.num_generations, "rollout", number)
-            sampled, scores, round_metrics, _ = answers
-            rows, round_metrics["pairs/ties"] = make_pairs(asked, sampled, scores, args.pair, rng)
+            picked = rng.choice(len(prompts), args.prompts_per_round, replace=False)
+            asked = [prompts[i] for i in picked]
+            found = sample(asked, args.num_generations, "rollout", number)
+            sampled, scores, round_metrics, _ = found
+            rows, ties = make_pairs(asked, sampled, scores, args.pair, rng)
+            round_metrics["pairs/ties"] = ties
             # 4. The reference's log-probabilities.
             reference = ref_params if args.reference == "start" else state.params
             size = args.micro_batch_size
@@ -470,8 +475,7 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every * steps_per_round):
-            shown = ["loss", "objective/kl", "gold/reward", "eval/objective/kl", "eval/gold/reward"]
-            run.log(step, metrics, *shown)
+            run.log(step, metrics, "loss", "objective/kl", "gold/reward", "eval/gold/reward")
         if run.due(step, args.save_every * steps_per_round):
             run.save(step, state)
     run.finish()
@@ -592,6 +596,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -616,7 +621,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -643,7 +648,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -652,7 +657,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number a row, not V.
+        # By the inverse of the distribution function: one random number per row, not V.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
         uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
         threshold = uniform * cumulative.max(axis=-1, keepdims=True)
@@ -732,7 +737,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -740,7 +746,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))
@@ -843,12 +849,12 @@ def load_tokenizer(folder):
 
 
 def token_ids(tokenizer):
-    """{bytes: id} of what is no special token: equal for tokenizers that read every text alike."""
+    """{bytes: id} of all but special tokens: equal for tokenizers that read every text alike."""
     return {x: tokenizer.encode_single_token(x) for x in tokenizer.token_byte_values()}
 
 
 def check_sizes(config, tokenizer, args):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    """Fails where ids or positions lie outside the model's tables; JAX would not complain."""
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     length = args.max_prompt_length + args.max_completion_length
@@ -912,7 +918,7 @@ def encode_rows(rows, answers, tokenizer, eos_id, args):
 
 
 def length_batches(lengths, batch_size, epochs, seed):
-    """Row numbers [steps, batch_size]: batches of like lengths, without what fills no batch."""
+    """Row numbers [steps, batch_size]: rows of similar lengths; what fills no batch is left out."""
     batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -950,7 +956,8 @@ def load_gold(name, dataset):
 
 def call_reward(function, rows, completions):
     """Scores [B] in TRL's way: the rows' columns come as lists; None ("does not apply") is 0."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
     prompts = columns.pop("prompt")
     try:
         scores = function(prompts=prompts, completions=list(completions), **columns)
@@ -995,12 +1002,16 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+
+
 def check_ranges(args):
-    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
     for name, value in vars(args).items():
-        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
-        good = type(value) is not int or value >= lowest
-        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+        if type(value) is int:
+            default = getattr(type(args), name)
+            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
+            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
 
 
 class RunFolder:

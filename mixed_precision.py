@@ -1,10 +1,10 @@
 """Supervised fine-tuning in half precision: sft.py in float16 or bfloat16.
 
 Micikevicius et al. 2018, "Mixed precision training": products are in half
-precision; weights and optimizer stay in float32, which keeps updates below
-1/4096 of a weight. float16 makes 0 of gradients below 3e-8, so the loss is
-multiplied by a scale, and the gradients divided by it; on overflow the step is
-skipped, the scale halved. bfloat16 needs none. benchmarks/mixed_precision.py.
+precision; weights and optimizer stay in float32, where updates below
+1/4096 of a weight are not lost. float16 rounds gradients below 3e-8 to 0, so
+the loss is multiplied by a scale, and the gradients divided by it; on overflow
+the step is skipped, the scale halved. Figures: benchmarks/mixed_precision.py.
 
 The first stage of Ouyang et al. 2022, "Training language models to follow
 instructions with human feedback" (section 3.5): maximum likelihood of the
@@ -12,15 +12,16 @@ completion, given the prompt; from a folder, or from scratch.
 
     python mixed_precision.py             # from scratch, on embedded reviews
     python mixed_precision.py --model gpt2 --dataset my.jsonl \\
-        --max-prompt-length 128 --max-completion-length 384 --learning-rate 2e-5
+      --learning-rate 2e-5 --max-prompt-length 128 --max-completion-length 384
 
 Data is JSON Lines: {"prompt", "completion"}, or {"text"} for plain language
 modelling. The model learns the completion's tokens and the EOS after them, not
-the prompt. With the defaults it takes some 60 s on two CPU cores; results:
+the prompt. With the defaults it takes about 60 s on two CPU cores; results:
 README.md. Compare: diff sft.py mixed_precision.py.
 """
 
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -36,7 +37,7 @@ class Args:
     run_dir: str = "runs/mixed_precision"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
-    seed: int = 0  # of the initialisation, the order of the data and the samples
+    seed: int = 0  # seeds the initialisation, the order of the data and the samples
     n_layer: int = 2  # blocks, from scratch
     n_head: int = 4  # attention heads, from scratch
     n_embd: int = 128  # width, from scratch
@@ -49,7 +50,9 @@ class Args:
     weight_decay: float = 0.1  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = 48  # tokens with EOS; a row with a longer completion is dropped
+    max_completion_length: int = (
+        48  # tokens, EOS included; a row with a longer completion is dropped
+    )
     train_on_prompt: bool = False  # let the prompt's tokens count in the loss, too
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of the samples that are shown
@@ -61,9 +64,10 @@ class Args:
     save_every: int = 250  # steps between checkpoints
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import collections
 import dataclasses
@@ -122,7 +126,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params, optimizer, loss_scale):
-    """A state that shares no buffer with `params`: train_step gives its buffers away."""
+    """A fresh state with its own copy of `params`: train_step donates the buffers of its state."""
     params = jax.tree.map(jnp.copy, params)
     scaling = jnp.float32(loss_scale), jnp.int32(0), jnp.int32(0)
     return TrainState(params, jax.jit(optimizer.init)(params), *scaling)
@@ -211,7 +215,7 @@ def log_ratios(params, config, tokens, mask, logprobs, temperature):
 
 
 def encode_texts(rows, tokenizer, eos_id, max_completion_length):
-    """Plain texts, EOS before and after, as encode_rows has rows: pieces after the token before."""
+    """Cuts plain texts into rows like encode_rows'; a piece's prompt is the token before it."""
     encoded = []
     for row in rows:
         ids = [eos_id, *tokenizer.encode_ordinary(row["text"]), eos_id]
@@ -225,11 +229,11 @@ def main(args):
     check_ranges(args)
     run = RunFolder(args)
 
-    tokenizer = load_tokenizer(args.model or args.tokenizer)
     if args.model:
         config, params = load_model(args.model)
         check("score" not in params, f"{args.model} is a reward model, not a language model")
-    else:
+    tokenizer = load_tokenizer(args.model or args.tokenizer)
+    if not args.model:
         special = tokenizer.special_tokens_set
         config = GPT2Config(
             vocab_size=tokenizer.n_vocab,
@@ -391,6 +395,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -415,7 +420,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -442,7 +447,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -451,7 +456,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number a row, not V.
+        # By the inverse of the distribution function: one random number per row, not V.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
         uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
         threshold = uniform * cumulative.max(axis=-1, keepdims=True)
@@ -531,7 +536,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -539,7 +545,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))
@@ -642,7 +648,7 @@ def load_tokenizer(folder):
 
 
 def check_sizes(config, tokenizer, args):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    """Fails where ids or positions lie outside the model's tables; JAX would not complain."""
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     length = args.max_prompt_length + args.max_completion_length
@@ -706,7 +712,7 @@ def encode_rows(rows, answers, tokenizer, eos_id, args):
 
 
 def length_batches(lengths, batch_size, epochs, seed):
-    """Row numbers [steps, batch_size]: batches of like lengths, without what fills no batch."""
+    """Row numbers [steps, batch_size]: rows of similar lengths; what fills no batch is left out."""
     batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -755,12 +761,16 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+
+
 def check_ranges(args):
-    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
     for name, value in vars(args).items():
-        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
-        good = type(value) is not int or value >= lowest
-        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+        if type(value) is int:
+            default = getattr(type(args), name)
+            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
+            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
 
 
 class RunFolder:

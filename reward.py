@@ -1,4 +1,4 @@
-"""A reward model: it learns from pairs of answers which of two people prefer.
+"""A reward model: it learns, from labelled pairs, which answers people prefer.
 
 Bradley & Terry 1952, as in Stiennon et al. 2020, "Learning to summarize from
 human feedback": P(chosen is preferred) = sigmoid(r(prompt, chosen) -
@@ -12,11 +12,12 @@ Data is JSON Lines: {"prompt", "chosen", "rejected"}, and a number "margin"
 where one is known. At the end the score is shifted and scaled on samples of
 the model it started from: mean 0, standard deviation 1 within a prompt, so
 that a KL coefficient means the same whatever the data's scale. With the
-defaults it takes some 80 s on two CPU cores; results: README.md.
+defaults it takes about 80 s on two CPU cores; results: README.md.
 Compare: diff sft.py reward.py. Next: diff reward.py ppo.py.
 """
 
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Args:
     run_dir: str = "runs/reward"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
-    seed: int = 0  # of the head's initialisation, the order of the data and the samples
+    seed: int = 0  # seeds the head's initialisation, the order of the data and the samples
     epochs: int = 3  # passes over the data
     batch_size: int = 64  # pairs in one optimizer step
     micro_batch_size: int = 16  # pairs in one forward and backward pass
@@ -41,18 +42,19 @@ class Args:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores around 0
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = 48  # tokens with EOS; a row with a longer answer is dropped
+    max_completion_length: int = 48  # tokens, EOS included; a row with a longer answer is dropped
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
-    num_generations: int = 8  # samples of each of 128 prompts by which the score is normalised
+    num_generations: int = 8  # samples per prompt, for 128 prompts, that normalise the score
     temperature: float = 1.0  # of these samples
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 250  # steps between evaluations on the held-out data
     save_every: int = 250  # steps between checkpoints
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import dataclasses
 import functools
@@ -110,7 +112,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params, optimizer):
-    """A state that shares no buffer with `params`: train_step gives its buffers away."""
+    """A fresh state with its own copy of `params`: train_step donates the buffers of its state."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, jax.jit(optimizer.init)(params))
 
@@ -123,6 +125,7 @@ def make_batch(rows, max_length, margins):
     return {"tokens": tokens, "mask": mask, "margin": np.array(margins, np.float32)}
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def pair_scores(params, tokens, mask, config):
     """tokens, mask [B, 2, T] (chosen, rejected) -> two scores [B], from one forward pass."""
     flat_tokens, flat_mask = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
@@ -157,17 +160,14 @@ def calibration_error(margins, bins=10):
     return np.average(gaps, weights=[len(group) for group in groups])
 
 
-eval_step = jax.jit(pair_scores, static_argnames="config")
-
-
 def evaluate(params, config, rows, batch_size, max_length):
-    """(held-out scores [N, 2] of chosen and rejected, their metrics)."""
+    """(held-out scores [N, 2] of chosen and rejected, their metrics without margins)."""
     order = np.argsort([sum(map(len, row)) for row in rows])
     order = np.append(order, order[-1:].repeat(-len(order) % batch_size))  # one shape to compile
     scores = np.zeros((len(rows), 2), np.float32)
     for indices in order.reshape(-1, batch_size):
         batch = make_batch([rows[i] for i in indices], max_length, [0.0] * batch_size)
-        chosen_rejected = eval_step(params, batch["tokens"], batch["mask"], config)
+        chosen_rejected = pair_scores(params, batch["tokens"], batch["mask"], config)
         scores[indices] = np.stack(chosen_rejected, axis=1)
     _, metrics = preference_loss(*jnp.asarray(scores).T)
     metrics["calibration_error"] = calibration_error(scores[:, 0] - scores[:, 1])
@@ -191,7 +191,7 @@ def normalise(params, scores):
 
 
 def add_pad_token(params, config, source, folder):
-    """One more row in wte, and in `folder` a copy of the tokenizer of `source` with [PAD] as it.
+    """Adds a [PAD] token: to wte, if it has no spare row, and to a copy of `source`'s tokenizer.
 
     Hugging Face's classifier reads the score before the first PAD: with PAD = EOS, one token early.
     Returns (params, config).
@@ -243,6 +243,8 @@ def main(args):
     check("score" not in sft_params, f"{args.model} is a reward model, not a language model")
     check_sizes(config, tokenizer, args)
     check(args.temperature > 0, "--temperature must be above 0")
+    spread = "--num-generations must be at least 2: one sample has no standard deviation"
+    check(args.num_generations >= 2, spread)
     numbers = all(isinstance(margin, int | float) for margin in margins)
     check(numbers, f'a "margin" in {args.dataset} is not a number')
     fits = args.batch_size % args.micro_batch_size == 0
@@ -294,6 +296,7 @@ def main(args):
     tokens, mask, _ = generate(sft_params, config, tokens, mask, key, *sampling)
     scores = learned_rewards(state.params, config, tokens, mask)
     params, gain, shift = normalise(state.params, np.asarray(scores).reshape(len(prompts), -1))
+    check(np.isfinite(gain), "all samples have the same score: there is nothing to normalise")
     print(f"on samples of {args.model}: score = {gain:.4g} * raw score {shift:+.4g}")
     source = args.model
     if config.pad_token_id in (None, eos_id):
@@ -417,6 +420,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -441,7 +445,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -468,7 +472,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -477,7 +481,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number a row, not V.
+        # By the inverse of the distribution function: one random number per row, not V.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
         uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
         threshold = uniform * cumulative.max(axis=-1, keepdims=True)
@@ -557,7 +561,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -565,7 +570,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))
@@ -668,7 +673,7 @@ def load_tokenizer(folder):
 
 
 def check_sizes(config, tokenizer, args):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    """Fails where ids or positions lie outside the model's tables; JAX would not complain."""
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     length = args.max_prompt_length + args.max_completion_length
@@ -724,7 +729,7 @@ def encode_rows(rows, answers, tokenizer, eos_id, args):
 
 
 def length_batches(lengths, batch_size, epochs, seed):
-    """Row numbers [steps, batch_size]: batches of like lengths, without what fills no batch."""
+    """Row numbers [steps, batch_size]: rows of similar lengths; what fills no batch is left out."""
     batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -773,12 +778,16 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+
+
 def check_ranges(args):
-    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
     for name, value in vars(args).items():
-        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
-        good = type(value) is not int or value >= lowest
-        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+        if type(value) is int:
+            default = getattr(type(args), name)
+            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
+            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
 
 
 class RunFolder:

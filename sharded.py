@@ -1,8 +1,8 @@
-"""GRPO on many devices: grpo.py with data, fully sharded and tensor parallelism.
+"""GRPO on many devices: grpo.py with data, FSDP and tensor parallelism.
 
 The devices of all processes form a Mesh, a grid with three named axes. A Spec
-names for each axis of an array the mesh axis that splits it. What is written
-as for one device, jit compiles into one program for all, and puts in the
+says, for each axis of an array, which mesh axis splits it. The code is written
+as if for one device; jit compiles it for all of them and inserts the
 communication (GSPMD, Xu et al. 2021).
 
     data    splits the rows of a batch; an all-reduce sums their gradients
@@ -11,7 +11,7 @@ communication (GSPMD, Xu et al. 2021).
     tensor  splits heads, hidden units and vocabulary; an all-reduce sums the
             parts after attention and after the MLP: keep it within a machine
 
-    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 \
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 \\
         python sharded.py --fsdp 4 --tensor 2            # simulated devices
     python sharded.py --fsdp 16 --coordinator auto       # each host of a pod
 
@@ -19,6 +19,8 @@ More: docs/many_devices.md. Compare: diff grpo.py sharded.py.
 """
 
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,14 +36,14 @@ class Args:
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # one for each --reward, in the same order; default 1
     reward_weight: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
-    # file.py:function of a ground truth, only logged; the embedded data's by default
+    # file.py:function, a ground truth that is only logged; default: that of the embedded data
     gold: str | None = None
     dataset: str = "data/reviews/prompts_train.jsonl"  # JSON Lines (or .gz) with prompt
     eval_dataset: str = "data/reviews/prompts_test.jsonl"  # held out; the first 256
     run_dir: str = "runs/sharded"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
-    seed: int = 0  # of the order of the prompts, the minibatches and the samples
+    seed: int = 0  # seeds the order of the prompts, the minibatches and the samples
     steps: int = 100  # rollouts, each followed by epochs * num_minibatches updates
     batch_size: int = 128  # completions in one rollout
     num_generations: int = 8  # completions to one prompt: a group
@@ -54,23 +56,23 @@ class Args:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     kl_coef: float = 0.3  # weight of the KL penalty
     kl_in: Literal["reward", "loss"] = "reward"  # a sequence's k1 in its reward, or k3 in the loss
-    # reward less the group's mean; the same over the group's std; or reward less the others' mean
+    # reward minus the group's mean; that divided by the group's std; reward minus the others' mean
     advantage: Literal["group", "group-std", "leave-one-out"] = "group"
     # sequence: mean of the sequences' token means; token: mean over all tokens; constant: the sum
-    # over batch size * max_completion_length
+    # divided by sequences * max_completion_length
     aggregation: Literal["sequence", "token", "constant"] = "constant"
-    # whose ratio is clipped. token: each its own; sequence: the geometric mean of the completion's
+    # token: each token's ratio is clipped; sequence: the geometric mean over the completion
     ratio_level: Literal["token", "sequence"] = "token"
     clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps … 1 + clip_eps
     clip_eps_high: float | None = None  # the upper bound is 1 + clip_eps_high; none: clip_eps
-    entropy_coef: float = 0.0  # weight of the policy's entropy at each token, which is raised
+    entropy_coef: float = 0.0  # weight of a bonus for the policy's entropy per token
     ref_sync_steps: int | None = None  # steps between moves of the reference; none: it stays
     # the new reference is alpha * policy + (1 - alpha) * the old one; objective/kl is to it
     ref_mixup_alpha: float = 1.0
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that does not end
     mask_truncated_completions: bool = False  # learn nothing from a completion that does not end
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = 48  # tokens with EOS
+    max_completion_length: int = 48  # tokens, EOS included
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of sampling, and of every log-probability
     log_every: int = 1  # steps between lines in metrics.jsonl
@@ -85,9 +87,10 @@ class Args:
     process_id: int | None = None  # of this one, from 0; with --coordinator host:port
 
 
-# Parsed before JAX is imported, so that --help answers at once (linters call it E402).
+# Parsed before JAX is imported, so that --help answers at once (linters call it E402). Indented,
+# because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
 
 import dataclasses
 import functools
@@ -177,7 +180,7 @@ def grpo_loss(
     is_high = (ratio > 1 + clip_high) & (advantages > 0)
     return loss, {
         "loss/policy_avg": loss,
-        "policy/approxkl_avg": 0.5 * mean(log_ratio**2),  # k2, as in TRL, but masked
+        "policy/approxkl_avg": 0.5 * mean(log_ratio**2),  # k2, an estimate of KL(old || new)
         "policy/clipfrac_avg": mean(is_low | is_high),
         "clip_ratio/low_mean": mean(is_low),
         "clip_ratio/high_mean": mean(is_high),
@@ -323,7 +326,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params, optimizer, ref_moves):
-    """A state that shares no buffer with `params`: train_step gives its buffers away."""
+    """A fresh state with its own copy of `params`: train_step donates the buffers of its state."""
     params = jax.tree.map(jnp.copy, params)
     ref_params = jax.tree.map(jnp.copy, params) if ref_moves else None
     return TrainState(params, jax.jit(optimizer.init)(params), ref_params)
@@ -338,7 +341,7 @@ def token_entropies(logits):
     jax.jit, static_argnames=("config", "optimizer", "args", "mesh"), donate_argnames="state"
 )
 def train_step(state, batch, key, config, optimizer, args, mesh):
-    """5. Updates: epochs * num_minibatches of them on make_experience's batch: (state, metrics)."""
+    """5. Makes epochs * num_minibatches updates on make_experience's batch: (state, metrics)."""
     size, response_length = batch["logprobs"].shape
     prompt_length = batch["tokens"].shape[1] - response_length
     clip_high = args.clip_eps if args.clip_eps_high is None else args.clip_eps_high
@@ -375,6 +378,7 @@ def train_step(state, batch, key, config, optimizer, args, mesh):
         (loss, metrics), grads = accumulate_gradients(
             loss_fn, state.params, minibatch, counts, args.micro_batch_size, metric_counts=tokens
         )
+        # The loss may be a mean over sequences, the other metrics are means over tokens.
         metrics |= {"loss/policy_avg": loss, "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -409,14 +413,14 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     tokens, mask = pad_rows([ids[0] for _, ids in prompts], P, left=True)  # [B, P]
     tokens, mask = (put(x, NamedSharding(mesh, BATCH)) for x in (tokens, mask))
     sampling = (args.max_completion_length, args.temperature, eos_id, num_samples)
-    sampled = sample(params, ref_params, config, tokens, mask, key, sampling, mesh)
+    sampled = sample_on_mesh(params, ref_params, config, tokens, mask, key, sampling, mesh)
     rows = [row for row, _ in prompts for _ in range(num_samples)]
     tokens, mask = process_allgather(sampled[:2], tiled=True)
     return sampled, rows, decode_responses(tokenizer, tokens, mask, P, eos_id)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "mesh"))
-def sample(params, ref_params, config, tokens, mask, key, sampling, mesh):
+def sample_on_mesh(params, ref_params, config, tokens, mask, key, sampling, mesh):
     """A Rollout, from tokens, mask [B, P] by rows; sampling: what generate takes after the key."""
     P, (_, temperature, eos_id, _) = tokens.shape[1], sampling
     params, ref_params = (gather_weights(x, mesh) for x in (params, ref_params))
@@ -450,7 +454,7 @@ class Rewards(NamedTuple):
 
     functions: list  # [(function of --reward, weight)]
     learned: tuple | None  # (config, params) of a reward model
-    gold: object  # function of the ground truth, which is only logged, or None
+    gold: Callable | None  # the ground truth, which is only logged
 
 
 def load_rewards(args, tokenizer):
@@ -478,16 +482,15 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
         scores = scores + process_allgather(learned, tiled=True)
     for function, weight in rewards.functions:
         scores = scores + weight * call_reward_in_parts(function, rows, texts)
-    if rewards.gold:
-        return {"reward": scores, "gold/reward": call_reward_in_parts(rewards.gold, rows, texts)}
-    return {"reward": scores}
+    gold = {"gold/reward": call_reward_in_parts(rewards.gold, rows, texts)} if rewards.gold else {}
+    return {"reward": scores} | gold
 
 
 def describe(sampled, rows, texts, scores):
     """(metrics, samples to show) of a Rollout; scores: {name: [N]}."""
     kl = compute_kl_divergence(sampled.logprobs, sampled.ref_logprobs) * sampled.response_mask
     metrics = {name: x.mean() for name, x in scores.items()} | {
-        "objective/kl": kl.sum(axis=1).mean(),  # nats a sequence
+        "objective/kl": kl.sum(axis=1).mean(),  # nats per sequence
         "objective/entropy": -sampled.logprobs.sum(axis=1).mean(),
         "completions/mean_length": sampled.response_mask.sum(axis=1).mean(),
         "completions/clipped_ratio": 1 - sampled.ended.mean(),
@@ -537,8 +540,8 @@ def make_experience(sampled, scores, args):
 def main(args):
     if args.coordinator:
         join_processes(args.coordinator, args.num_processes, args.process_id)
-    alone = args.coordinator or (args.num_processes, args.process_id) == (None, None)
-    check(alone, "--num-processes and --process-id say nothing without --coordinator")
+    joined = args.coordinator or (args.num_processes, args.process_id) == (None, None)
+    check(joined, "--num-processes and --process-id need --coordinator")
     if not args.reward_model and not args.reward:
         args = dataclasses.replace(args, reward_model="runs/reward/model")
     check_ranges(args)
@@ -594,15 +597,15 @@ def main(args):
     state, start = run.start(state, args.steps)
 
     # Every process runs all that follows: where one left out a jitted call, the others would hang.
-    def sample(prompts, num_samples, stream, step):
+    def sample(asked, num_samples, stream, step):
         """(Rollout, scores [N], metrics, samples) of the present policy."""
         reference = ref_params if state.ref_params is None else state.ref_params
         models = (state.params, reference, config, tokenizer)
         key = stream_key(args.seed, stream, step)
         options = {"num_samples": num_samples, "key": key, "args": args, "mesh": mesh}
-        found = rollout(*models, prompts=prompts, **options)
-        scores = score(*found, rewards=rewards, missing_eos_penalty=args.missing_eos_penalty)
-        return found[0], scores["reward"], *describe(*found, scores=scores)
+        sampled, rows, texts = rollout(*models, asked, **options)
+        scores = score(sampled, rows, texts, rewards, args.missing_eos_penalty)
+        return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
         *_, metrics, samples = sample(eval_prompts, 1, "eval", step)
@@ -752,6 +755,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
@@ -776,7 +780,7 @@ class MLP(nn.Module):
 
 
 def dense(config, features, name, residual=False):
-    """A layer inside a compact method; GPT-2 starts those that add to the residual stream lower."""
+    """A linear layer; as in GPT-2, those that add to the residual stream start with less weight."""
     scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
     init = nn.initializers.normal(config.initializer_range * scale)
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
@@ -803,7 +807,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     mask = jnp.pad(mask, ((0, 0), (0, R)))  # [B, P + R]
     logits, cache = model(tokens, mask, cache=cache, logits_from=P - 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, R)))  # [B, P + R]
-    prefilled = (tokens, mask, logits, cache)  # each prompt is read once: now a row a sample
+    prefilled = (tokens, mask, logits, cache)  # each prompt is read once; now one row per sample
     prefilled = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prefilled)
 
     def unfinished(carry):
@@ -812,7 +816,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number a row, not V.
+        # By the inverse of the distribution function: one random number per row, not V.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
         uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
         threshold = uniform * cumulative.max(axis=-1, keepdims=True)
@@ -892,7 +896,8 @@ def find_model(name):
     if folder.is_dir():
         return folder
     script = f"{folder.parent.name}.py"
-    check(folder.parts[0] != "runs", f"no model at {name}: run `python {script}` first")
+    ours = folder.parts[0] == "runs" and Path(script).is_file()
+    check(not ours, f"no model at {name}: run `python {script}` first")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
@@ -900,7 +905,7 @@ def find_model(name):
 
 
 def hf_name_and_shape(path, shape):
-    """A parameter in the file: ("h.0", "mlp", "c_fc", "kernel") is h.0.mlp.c_fc.weight there."""
+    """A parameter's name and shape in the file: ("h.0", "ln_1", "bias") is h.0.ln_1.bias there."""
     name = ".".join([*path[:-1], "bias" if path[-1] == "bias" else "weight"])
     if "c_attn" in path:  # [D, 3, H, D/H] here, [D, 3D] there
         shape = (*shape[:-3], math.prod(shape[-3:]))
@@ -1003,12 +1008,12 @@ def load_tokenizer(folder):
 
 
 def token_ids(tokenizer):
-    """{bytes: id} of what is no special token: equal for tokenizers that read every text alike."""
+    """{bytes: id} of all but special tokens: equal for tokenizers that read every text alike."""
     return {x: tokenizer.encode_single_token(x) for x in tokenizer.token_byte_values()}
 
 
 def check_sizes(config, tokenizer, args):
-    """Fails where ids or positions lie outside the model's tables; JAX would read on silently."""
+    """Fails where ids or positions lie outside the model's tables; JAX would not complain."""
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     length = args.max_prompt_length + args.max_completion_length
@@ -1100,7 +1105,8 @@ def load_gold(name, dataset):
 
 def call_reward(function, rows, completions):
     """Scores [B] in TRL's way: the rows' columns come as lists; None ("does not apply") is 0."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
     prompts = columns.pop("prompt")
     try:
         scores = function(prompts=prompts, completions=list(completions), **columns)
@@ -1145,12 +1151,16 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+
+
 def check_ranges(args):
-    """Sizes, counts and intervals: an int is at least 1, unless 0 is its default."""
+    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
     for name, value in vars(args).items():
-        lowest = 0 if getattr(type(args), name) == 0 or name == "warmup_steps" else 1
-        good = type(value) is not int or value >= lowest
-        check(good, f"--{name.replace('_', '-')} must be at least {lowest}")
+        if type(value) is int:
+            default = getattr(type(args), name)
+            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
+            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
 
 
 class RunFolder:
@@ -1162,7 +1172,7 @@ class RunFolder:
         resume = self.args.pop("resume")
         self.overwrite = self.args.pop("overwrite")
         for name in ("data", "fsdp", "tensor", "coordinator", "num_processes", "process_id"):
-            self.args.pop(name)  # a run may go on on other devices
+            self.args.pop(name)  # a run may be resumed on other devices
         signal.signal(signal.SIGINT, self.interrupt)
         if not (self.path / "args.json").exists():
             check(not any(self.path.glob("*")), f"{self.path} is no run: pass another --run-dir")
@@ -1192,10 +1202,10 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
-        step = self.checkpoint_step()
         options = {"max_to_keep": 1, "cleanup_tmp_directories": True}
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
         self.manager = ocp.CheckpointManager(self.checkpoints, options=options)  # waits for all
+        step = self.checkpoint_step()  # process 0 may have just emptied the folder
         shared = self.checkpoints.with_name("args.json").exists()
         check(shared, f"{self.checkpoints.parent} is not on storage that all processes see")
         if step:

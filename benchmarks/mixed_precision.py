@@ -83,7 +83,7 @@ def enlarge_residual(params, factor):
 def gradients(params, config, batch, loss_scale):
     """((of the parameters, of the residual stream), loss): float32, unscaled.
 
-    The residual stream's is with respect to what each block reads, [layers, B, T, D]: the
+    The residual stream's is with respect to what each block reads, [layers, B * T, D]: the
     derivative by a nudge of 0 that is added there, in config.dtype.
     """
 
@@ -100,7 +100,7 @@ def gradients(params, config, batch, loss_scale):
         loss, _ = script.cross_entropy_loss(logits[:, :-1], targets, loss_mask)
         return loss_scale * loss
 
-    shape = (config.n_layer, *batch["tokens"].shape, config.n_embd)
+    shape = (config.n_layer, batch["tokens"].size, config.n_embd)
     loss, grads = jax.value_and_grad(loss_fn, (0, 1))(params, jnp.zeros(shape, config.dtype))
     return jax.tree.map(lambda x: x.astype(jnp.float32) / loss_scale, grads), loss / loss_scale
 

@@ -34,6 +34,11 @@ SIZES = {  # layers, heads, width
 PROMPT, NEW = 128, 128
 
 
+def place(x, sharding):
+    """The shape of an array that lies on a mesh."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def compile_train_step(size, devices):
     """(compiled train_step, number of parameters) of a GPT-2 on a mesh (1, devices, 1)."""
     layers, heads, width = SIZES[size]
@@ -60,8 +65,10 @@ def compile_train_step(size, devices):
         return shared | {"logprobs": logprobs, "ref_logprobs": logprobs, "advantages": scores}
 
     state, batch, key = jax.eval_shape(lambda: (new_state(), new_batch(), jax.random.key(0)))
-    _, _, train_step = sharded.jit_on_mesh(mesh, sharded.shardings(state, mesh))
-    lowered = train_step.lower(state, batch, key, config, optimizer, args, mesh)
+    by_rows = NamedSharding(mesh, sharded.BATCH)
+    state = jax.tree.map(place, state, sharded.shardings(state, mesh))
+    batch = jax.tree.map(lambda x: place(x, by_rows), batch)
+    lowered = sharded.train_step.lower(state, batch, key, config, optimizer, args, mesh)
     return lowered.compile(), sum(x.size for x in jax.tree.leaves(state.params))
 
 
@@ -88,15 +95,14 @@ def compare_tokens(folder):
     for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)):
         devices = np.array(jax.devices()[: np.prod(sizes)])
         mesh = Mesh(devices.reshape(sizes), ("data", "fsdp", "tensor"))
-        split = sharded.shardings(params, mesh)
-        sample, _, _ = sharded.jit_on_mesh(mesh, sharded.TrainState(split, None, None))
-        weights = jax.tree.map(sharded.put, params, split)
+        weights = jax.tree.map(sharded.put, params, sharded.shardings(params, mesh))
         by_rows = NamedSharding(mesh, sharded.BATCH)
         tokens, mask = (sharded.put(x, by_rows) for x in prompts)
         found = []
         for seed in range(20):
             key, sampling = jax.random.key(seed), (48, 1.0, tokenizer.eot_token, 8)
-            sampled = sample(weights, weights, config, tokens, mask, key, sampling, mesh)
+            given = (weights, weights, config, tokens, mask, key, sampling, mesh)
+            sampled = sharded.sample_on_mesh(*given)
             found.append([np.asarray(x) for x in sampled])
         found = [np.concatenate(x) for x in zip(*found)]  # as in a Rollout
         one_device = one_device or found

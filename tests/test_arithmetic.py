@@ -1,22 +1,19 @@
 """The sums of data/arithmetic.py: files, splits, noise, vocabulary."""
 
-import inspect
 import json
 import math
 import random
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-sys.path.insert(0, str(DATA))
+sys.path.insert(0, str(ROOT / "data"))
 
 import arithmetic
-import reviews
 
-FOLDER = DATA / "arithmetic"
+FOLDER = ROOT / "data" / "arithmetic"
 SIZES = {"sft_train": 20_000, "sft_test": 1_000, "prompts_train": 2_000, "prompts_test": 500}
 
 
@@ -33,11 +30,6 @@ def facts():
     return json.loads((FOLDER / "facts.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def tokenizer_json():
-    return json.loads((FOLDER / "tokenizer" / "tokenizer.json").read_text())
-
-
 def numbers(row):
     """'47+85=' -> (47, 85)."""
     assert row["prompt"][2::3] == "+=" and len(row["prompt"]) == 6
@@ -46,18 +38,6 @@ def numbers(row):
 
 def errors(rows):
     return Counter(int(row["completion"]) - sum(numbers(row)) for row in rows)
-
-
-def test_running_it_again_gives_the_committed_bytes(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tokenizers")
-    monkeypatch.setattr(arithmetic, "FOLDER", tmp_path)
-    arithmetic.main()
-    committed = sorted(p for p in FOLDER.rglob("*") if p.is_file())
-    made = sorted(p for p in tmp_path.rglob("*") if p.is_file())
-    assert [p.relative_to(tmp_path) for p in made] == [p.relative_to(FOLDER) for p in committed]
-    for old, new in zip(committed, made):
-        assert old.read_bytes() == new.read_bytes(), old.name
-    assert sum(p.stat().st_size for p in committed) <= 2_000_000
 
 
 def test_sizes_and_fields(files):
@@ -115,12 +95,12 @@ def test_the_floor_is_the_mean_of_minus_log_p(files, facts):
     assert facts["sft_test_nats_per_answer"] == pytest.approx(nats / 1_000, abs=1e-6)
 
 
-def test_vocabulary_is_the_bytes_and_two_special_tokens(tokenizer_json, facts):
-    vocab = tokenizer_json["model"]["vocab"]
-    special = {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
+def test_vocabulary_is_the_bytes_and_two_special_tokens(facts):
+    file = json.loads((FOLDER / "tokenizer" / "tokenizer.json").read_text())
+    special = {token["content"]: token["id"] for token in file["added_tokens"]}
     assert special.keys() == {"<|endoftext|>", "<|pad|>"}
-    assert set(vocab.values()) | set(special.values()) == set(range(facts["vocab_size"]))
-    assert tokenizer_json["model"]["merges"] == [] and facts["vocab_size"] == 258
+    assert {*file["model"]["vocab"].values(), *special.values()} == set(range(facts["vocab_size"]))
+    assert file["model"]["merges"] == [] and facts["vocab_size"] == 258
 
 
 def test_the_tokenizer_reads_digits_one_by_one(files, facts):
@@ -137,22 +117,3 @@ def test_the_tokenizer_reads_digits_one_by_one(files, facts):
     assert max(len(row["prompt"]) for row in files["sft_train"]) == facts["prompt_tokens"]
     longest = max(len(row["completion"]) for row in files["sft_train"])
     assert longest + 1 == facts["completion_tokens_with_eos_max"]
-
-
-@pytest.mark.parity
-def test_transformers_reads_the_same_tokens():
-    import gpt2
-
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
-    assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token == "<|pad|>"
-    ours = gpt2.load_tokenizer(FOLDER / "tokenizer")
-    for text in ("47+85=132", " Ünïcode 中\n"):
-        assert theirs(text)["input_ids"] == ours.encode_ordinary(text)
-    assert theirs.eos_token_id == ours.encode("<|endoftext|>", allowed_special="all")[0]
-
-
-def test_the_makers_share_their_text():
-    """Same name, same text: the tokenizer is made as that of the reviews is."""
-    source = inspect.getsource(reviews.train_tokenizer)
-    assert inspect.getsource(arithmetic.train_tokenizer) == source

@@ -1,16 +1,19 @@
-"""The converters of real data: data/hh_rlhf.py and data/gsm8k.py."""
+"""The makers of data: the converters of real ones, and that a maker writes the committed bytes."""
 
 import gzip
+import inspect
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+sys.path.insert(0, str(ROOT / "data"))
 
+import arithmetic
 import gsm8k
 import hh_rlhf
+import reviews
 
 HH_DIFFERENT_PROMPTS = (1254, 1688, 1950, 1952, 2036)
 HH_EMPTY_TURNS = (86, 516, 925, 1103)
@@ -35,50 +38,41 @@ def dialogue(*turns):
 # ---------------------------------------------------------------- HH-RLHF
 
 
-def hh_rows():
-    good = [
-        {
-            "chosen": dialogue(f" q{i}", " a", " b", " yes"),
-            "rejected": dialogue(f" q{i}", " a", " b", "  no"),
-        }
-        for i in range(4)
-    ]
-    return [
-        *good[:3],
-        {"chosen": dialogue(" q", " a"), "rejected": dialogue(" other", " b")},
-        {"chosen": dialogue(" q", " "), "rejected": dialogue(" q", " b")},
-        {"chosen": "no turns", "rejected": "no turns"},
-        good[3],
-    ]
+GOOD = {
+    "chosen": dialogue(" q", " a", " b", " yes"),
+    "rejected": dialogue(" q", " a", " b", "  no"),
+}
+NO_TURNS = {"chosen": "no turns", "rejected": "no turns"}
 
 
 def test_hh_rows_are_split_at_the_last_turn_and_the_rest_is_counted(tmp_path, capsys):
-    source = write(tmp_path / "hh.jsonl", hh_rows())
-    hh_rlhf.main([str(source), str(tmp_path / "out"), "--test-rows", "1"])
-    output = capsys.readouterr().out
-    assert "1 of 6 rows dropped: empty last turn" in output
-    assert "1 of 6 rows dropped: no assistant turn" in output
-    assert "1 of 6 rows dropped: the two dialogues differ before the last turn" in output
-    prompt = "\n\nHuman: q3\n\nAssistant: a\n\nHuman: b\n\nAssistant:"
+    last = {name: text.replace("q", "q3") for name, text in GOOD.items()}
+    differ = {"chosen": dialogue(" q", " a"), "rejected": dialogue(" other", " b")}
+    empty = {"chosen": dialogue(" q", " "), "rejected": dialogue(" q", " b")}
+    rows = [{name: text.replace("q", f"q{i}") for name, text in GOOD.items()} for i in range(3)]
+    source = write(tmp_path / "hh.jsonl", [*rows, differ, empty, NO_TURNS, last])
     out = tmp_path / "out"
-    assert read(out / "preferences_test.jsonl") == [
-        {"prompt": prompt, "chosen": " yes", "rejected": "  no"}
-    ]
-    assert read(out / "sft_test.jsonl") == [{"prompt": prompt, "completion": " yes"}]
-    assert read(out / "prompts_test.jsonl") == [{"prompt": prompt}]
-    assert [
-        len(read(out / f"{kind}_train.jsonl")) for kind in ("preferences", "sft", "prompts")
-    ] == [
-        3,
-        3,
-        3,
-    ]
+    hh_rlhf.main([str(source), str(out), "--test-rows", "1"])
+    output = capsys.readouterr().out
+    for reason in (
+        "empty last turn",
+        "no assistant turn",
+        "the two dialogues differ before the last turn",
+    ):
+        assert f"1 of 6 rows dropped: {reason}" in output
+    prompt = {"prompt": "\n\nHuman: q3\n\nAssistant: a\n\nHuman: b\n\nAssistant:"}
+    for kind, fields in (
+        ("preferences", {"chosen": " yes", "rejected": "  no"}),
+        ("sft", {"completion": " yes"}),
+        ("prompts", {}),
+    ):
+        assert read(out / f"{kind}_test.jsonl") == [prompt | fields]
+        assert len(read(out / f"{kind}_train.jsonl")) == 3
 
 
 def test_hh_reads_gz_and_writes_each_prompt_once(tmp_path):
-    rows = [hh_rows()[0]] * 3
     with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.write((json.dumps(GOOD) + "\n") * 3)
     hh_rlhf.main([str(tmp_path / "hh.jsonl.gz"), str(tmp_path), "--test-rows", "1"])
     assert len(read(tmp_path / "sft_train.jsonl")) == 2
     assert len(read(tmp_path / "prompts_train.jsonl")) == 1
@@ -87,14 +81,14 @@ def test_hh_reads_gz_and_writes_each_prompt_once(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([hh_rows()[0], "{broken"], "line 2 is not JSON"),
-        ([hh_rows()[0], ""], "line 2 is not JSON"),
-        ([hh_rows()[0], {"chosen": "x"}], 'line 2: no text under "rejected"'),
+        ([GOOD, "{broken"], "line 2 is not JSON"),
+        ([GOOD, ""], "line 2 is not JSON"),
+        ([GOOD, {"chosen": "x"}], 'line 2: no text under "rejected"'),
         ([{"chosen": 1, "rejected": "x"}], 'line 1: no text under "chosen"'),
         (["[]"], 'line 1: no text under "chosen"'),
         ([], "holds no rows"),
-        ([hh_rows()[0]], "--test-rows 1 should be"),
-        ([hh_rows()[5], hh_rows()[0]], "no row of the train split can be used"),
+        ([GOOD], "--test-rows 1 should be"),
+        ([NO_TURNS, GOOD], "no row of the train split can be used"),
     ],
 )
 def test_hh_bad_input_gets_one_line(tmp_path, rows, said, error_line):
@@ -108,7 +102,7 @@ def test_hh_unreadable_files_get_one_line(tmp_path, error_line):
     assert "cannot read" in error_line(hh_rlhf.main, [str(tmp_path / "x.jsonl.gz"), str(tmp_path)])
     (tmp_path / "y.jsonl").write_bytes(b'{"chosen": "\xff"}\n')
     assert "line 1" in error_line(hh_rlhf.main, [str(tmp_path / "y.jsonl"), str(tmp_path)])
-    source, taken = write(tmp_path / "hh.jsonl", hh_rows()), write(tmp_path / "taken", [])
+    source, taken = write(tmp_path / "hh.jsonl", [GOOD] * 2), write(tmp_path / "taken", [])
     said = error_line(hh_rlhf.main, [str(source), str(taken), "--test-rows", "1"])
     assert "cannot write" in said
 
@@ -133,21 +127,11 @@ def test_hh_harmless_base_test(tmp_path, shared_data, capsys):
 # ---------------------------------------------------------------- GSM8K
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("So 72.\n#### 72", "72"),
-        ("#### 1,234,567", "1234567"),
-        ("#### -7 ", "-7"),
-        ("#### $3.50", "3.50"),
-        ("#### 1\n#### 2", "2"),
-        ("no answer", None),
-        ("#### none", None),
-        ("#### 3 apples", None),
-    ],
-)
-def test_gsm8k_final_answer(text, answer):
-    assert gsm8k.final_answer(text) == answer
+def test_gsm8k_final_answer():
+    answers = {"So 72.\n#### 72": "72", "#### 1,234,567": "1234567", "#### -7 ": "-7"}
+    answers |= {"#### $3.50": "3.50", "#### 1\n#### 2": "2"}
+    answers |= dict.fromkeys(["no answer", "#### none", "#### 3 apples"])
+    assert {text: gsm8k.final_answer(text) for text in answers} == answers
 
 
 def test_gsm8k_rows(tmp_path):
@@ -201,12 +185,55 @@ def test_gsm8k_complete(tmp_path, shared_data):
     assert answers[:3] == ["18", "3", "70000"]
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- all
 
 
-def test_the_makers_share_their_text():
+@pytest.mark.parametrize(
+    ("maker", "most_bytes"),
+    [(arithmetic, 2_000_000), pytest.param(reviews, 6_000_000, marks=pytest.mark.slow)],
+)
+def test_running_it_again_gives_the_committed_bytes(tmp_path, monkeypatch, maker, most_bytes):
+    pytest.importorskip("tokenizers")
+    folder = maker.FOLDER
+    monkeypatch.setattr(maker, "FOLDER", tmp_path)
+    maker.main()
+    committed, made = (
+        {path.relative_to(x): path.read_bytes() for path in x.rglob("*") if path.is_file()}
+        for x in (folder, tmp_path)
+    )
+    assert committed.keys() == made.keys()
+    assert [path for path in committed if committed[path] != made[path]] == []
+    assert sum(map(len, committed.values())) <= most_bytes
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "names"),
+    [
+        (gsm8k, hh_rlhf, ["fail", "read_rows", "write_rows"]),
+        (arithmetic, reviews, ["train_tokenizer"]),
+    ],
+)
+def test_the_makers_share_their_text(one, other, names):
     """Same name, same text: what both define is defined alike."""
-    import inspect
+    for name in names:
+        assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(other, name))
 
-    for name in ("fail", "read_rows", "write_rows"):
-        assert inspect.getsource(getattr(gsm8k, name)) == inspect.getsource(getattr(hh_rlhf, name))
+
+@pytest.mark.parity
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["arithmetic", "reviews"])
+def test_transformers_reads_the_same_tokens(data):
+    import gpt2
+
+    transformers = pytest.importorskip("transformers")
+    folder = ROOT / "data" / data / "tokenizer"
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), gpt2.load_tokenizer(folder)
+    assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token == "<|pad|>"
+    for text in ("47+85=132", " the horses were superb. Ünïcode 中\n"):
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode_ordinary(text) and theirs.decode(ids) == text
+    for token, number in (
+        (theirs.eos_token, theirs.eos_token_id),
+        ("<|pad|>", theirs.pad_token_id),
+    ):
+        assert ours.encode(token, allowed_special="all") == [number]

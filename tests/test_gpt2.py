@@ -98,16 +98,6 @@ def test_left_padding_is_not_counted_as_positions(goldens):
     assert np.abs(wrong)[golden["left_attention_mask"] > 0].max() > 0.1
 
 
-def test_logits_from_leaves_out_the_first_columns(tiny, goldens):
-    golden = goldens("gpt2_forward")
-    tokens, mask = golden["left_input_ids"], golden["left_attention_mask"]
-    apply = jax.jit(lambda p: GPT2(tiny[0]).apply({"params": p}, tokens, mask, logits_from=9))
-    logits = apply(tiny[1])
-    assert logits.shape == (4, 3, 257)
-    real, expected = mask[:, 9:] > 0, golden["left_logits_f32"][:, 9:]
-    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=2e-5)
-
-
 def test_remat_gives_the_same_gradients(toy):
     tokens = np.array([[1, 2, 3, 4, 5, 6]], np.int32)
     gradients, programs = [], []
@@ -140,26 +130,21 @@ def test_half_precision_stays_close(tiny, goldens, dtype, tolerance):
 # -------------------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("case", ["0", "2", "batch", "batch with EOS"])
-def test_greedy_equals_hugging_face(tiny, goldens, case):
-    """Tokens and log-probabilities: of prompts alone, and of all three, padded on the left."""
-    golden, eos_id = goldens("gpt2_generate"), NO_EOS
-    if case in ("0", "2"):
-        prompts, expected = golden[f"prompt_{case}"][None], golden[f"greedy_{case}"][None]
-        prompt_mask, numbers = np.ones_like(prompts), [case]
-    else:
-        prompts, prompt_mask = golden["batch_input_ids"], golden["batch_attention_mask"]
-        expected, numbers = golden["batch_greedy"], ["0", "1", "2"]
-    if case == "batch with EOS":
-        eos_id, expected = int(golden["eos_token_id"]), golden["batch_greedy_eos"]
+@pytest.mark.parametrize("with_eos", [False, True])
+def test_greedy_equals_hugging_face(tiny, goldens, with_eos):
+    """Three prompts, two of them padded on the left: tokens and log-probabilities."""
+    golden = goldens("gpt2_generate")
+    prompts, prompt_mask = golden["batch_input_ids"], golden["batch_attention_mask"]
+    eos_id = int(golden["eos_token_id"]) if with_eos else NO_EOS
+    expected = golden["batch_greedy_eos" if with_eos else "batch_greedy"]
     tokens, mask, logprobs = sample(tiny, prompts, prompt_mask, 16, 0.0, eos_id)
     ends = [row.index(eos_id) + 1 if eos_id in row else 16 for row in expected.tolist()]
-    assert (min(ends) < 16) == (case == "batch with EOS")  # at least one row has ended early there
+    assert (min(ends) < 16) == with_eos  # at least one row has ended early there
     real = np.arange(16) < np.array(ends)[:, None]
-    logps = np.stack([golden[f"greedy_{number}_token_logps_f64"] for number in numbers])
     np.testing.assert_array_equal(tokens, np.hstack([prompts, np.where(real, expected, 0)]))
     np.testing.assert_array_equal(mask, np.hstack([prompt_mask, real]))
     # They are those at temperature 1, and exactly 0 after EOS.
+    logps = np.stack([golden[f"greedy_{row}_token_logps_f64"] for row in range(3)])
     np.testing.assert_allclose(logprobs, np.where(real, logps, 0), rtol=0, atol=1e-5)
     assert not logprobs[~real].any()
 
@@ -340,18 +325,11 @@ def test_untied_head(tmp_path, tensors, goldens):
     np.testing.assert_allclose(logits, golden["full_final_hidden_f64"] @ head.T, rtol=0, atol=1e-4)
 
 
-def test_config_is_hashable_and_read(tiny):
-    config = tiny[0]
-    assert hash(config) == hash(load_model(TINY)[0])
-    assert (config.n_layer, config.n_head, config.n_embd) == (2, 4, 64)
-    assert (config.vocab_size, config.n_positions, config.eos_token_id) == (257, 128, 256)
-
-
 @pytest.mark.parametrize("source", [TINY, REWARD_TINY], ids=["language model", "reward model"])
 def test_save_and_load_round_trip(tmp_path, source):
     """The tensors and names of the file they came from; saved a second time, the same bytes."""
     config, params = load_model(source)
-    assert ("score" in params) == (source == REWARD_TINY)
+    assert ("score" in params) == (source == REWARD_TINY) and config.eos_token_id == 256
     first, second = tmp_path / "a" / "model", tmp_path / "b"
     save_model(first, config, params, TOKENIZER)
     saved = load_file(first / "model.safetensors")
@@ -397,7 +375,7 @@ def transposed(name):
     return change, {}, (name.removeprefix("transformer."), *shapes[name.split(".")[-2]])
 
 
-MISSING = "transformer.h.1.mlp.c_fc.weight"
+C_FC = "transformer.h.1.mlp.c_fc.weight"
 UNCHANGED = dict  # a copy
 
 
@@ -405,7 +383,7 @@ UNCHANGED = dict  # a copy
     ("change", "config", "words"),
     [
         (
-            lambda tensors: {name: x for name, x in tensors.items() if name != MISSING},
+            lambda tensors: {name: x for name, x in tensors.items() if name != C_FC},
             {},
             ("h.1.mlp.c_fc.weight",),
         ),
@@ -421,7 +399,12 @@ UNCHANGED = dict  # a copy
         ),
         (UNCHANGED, {"scale_attn_weights": False}, ("scale_attn_weights", "False")),
         (UNCHANGED, {"add_cross_attention": True}, ("add_cross_attention", "True")),
-        (UNCHANGED, {"n_inner": 48}, ("c_fc",)),  # another width than 4 * n_embd
+        # An MLP of another width than 4 * n_embd.
+        (
+            lambda tensors: tensors | {C_FC: tensors[C_FC][:, :48]},
+            {"n_inner": 48},
+            ("h.1.mlp.c_fc.weight", "(64, 48)", "(64, 256)"),
+        ),
     ],
 )
 def test_refuses_another_model(tmp_path, tensors, error_line, change, config, words):
@@ -439,8 +422,10 @@ def test_refuses_a_folder_without_a_model(tmp_path, monkeypatch, error_line):
     assert str(tmp_path) in message
     monkeypatch.chdir(tmp_path)
     for script in ("sft", "reward"):
+        (tmp_path / f"{script}.py").touch()  # one of ours; there is no mine.py
         assert f"python {script}.py" in error_line(load_model, f"runs/{script}/model")
     assert "runs/sft/model" in error_line(load_tokenizer, "runs/sft/model")
+    assert "no folder runs/mine/model" in error_line(load_model, "runs/mine/model")
 
 
 @pytest.mark.real_data

@@ -34,7 +34,6 @@ CASES = {  # script, changes of its Args, SGD's rate, how near micro-batches com
     "ipo": (dpo, {"loss": "ipo", "nll_coef": 0.7}, 0.3, 1e-5, 1e-4),
     "hinge": (iterative_dpo, {"loss": "hinge", "nll_coef": 0.7}, 0.3, 1e-5, 1e-4),
     "ppo": (ppo, {}, 0.1, 1e-5, 1e-4),
-    "grpo-sequence": (grpo, GRPO | {"aggregation": "sequence"}, 0.1, 1e-5, 1e-4),
     "gspo": (
         grpo,
         GRPO | dict.fromkeys(["aggregation", "ratio_level"], "sequence"),
@@ -202,6 +201,8 @@ def test_padding_does_not_matter(name):
     script, args, optimizer, batch, _, state, metrics = trained(name)
     other = spoiled(batch)
     assert_equal(train(script, other, args, optimizer), (state, metrics))
+    if name not in ("sft", "reward", "dpo", "ppo", "gspo"):
+        return  # one case a script: another width is another program to compile
     left = script in (ppo, grpo)
     names = ["tokens", "mask"] if left else ["tokens", "mask", "loss_mask", "response_mask"]
     for name in names:
@@ -242,10 +243,10 @@ def test_padding_of_a_rollout_does_not_matter(script, changes):
 def test_a_pair_is_read_as_its_texts_alone():
     """Scores, and log-probabilities of the answer's tokens with EOS, are those without padding."""
     rows = [
-        [prompt, *(a + [EOS] for a in answers)] for prompt, *answers in random_rows(2, 5, 12, 9)
+        [prompt, *([*a, EOS] for a in answers)] for prompt, *answers in random_rows(2, 5, 12, 9)
     ]
     batch = reward.make_batch(rows, 20, [0.0] * 2)
-    scores = reward.eval_step(make_start(reward), batch["tokens"], batch["mask"], CONFIG)
+    scores = reward.pair_scores(make_start(reward), batch["tokens"], batch["mask"], CONFIG)
     logprobs = np.asarray(dpo.pair_logprobs(policy(), dpo.make_batch(rows, 20), CONFIG))
     score, read = (jax.jit(model(CONFIG).apply) for model in (reward.RewardModel, dpo.GPT2))
     for i, (prompt, *answers) in enumerate(rows):
@@ -417,8 +418,8 @@ def test_every_row_is_seen_once_in_an_epoch():
     """Linear in the rows: with the whole batch as one minibatch, the key does not matter."""
     args = make_args(ppo)
     batch, one = make_batch(ppo, args), dataclasses.replace(args, epochs=1, num_minibatches=1)
-    for args, low, high in ((one, 0, 1e-6), (args, 1e-5, 1)):
-        first, second = (train(ppo, batch, args, sgd(0.1), key)[0].params for key in (0, 1))
+    for sizes, low, high in ((one, 0, 1e-6), (args, 1e-5, 1)):
+        first, second = (train(ppo, batch, sizes, sgd(0.1), key)[0].params for key in (0, 1))
         assert low <= largest_difference(first, second) < high
 
 
@@ -436,21 +437,6 @@ def test_stream_keys_differ_by_seed_name_and_step():
         for f in (ppo.stream_key, sft.stream_key)
     )
     assert len(set(keys)) == len(streams) and keys == again
-
-
-def test_consecutive_steps_sample_different_texts():
-    tokens, mask = ppo.pad_rows([[8, 9, 10]] * 8, P, left=True)
-    first, second, again = (
-        np.asarray(
-            ppo.generate(
-                *(policy(), CONFIG, tokens, mask, ppo.stream_key(0, "rollout", i), R, 1.0, EOS)
-            )[0]
-        )
-        for i in (1, 2, 1)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert (first != second).any(axis=1).all()
-    assert len({tuple(row) for row in first.tolist()}) > 1
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
@@ -529,7 +515,7 @@ def numbered(count, size):
     tokens = np.stack([np.full(len(answers), 9), answers, answers], axis=1)
     mask = np.stack([np.ones_like(answers), 1 - answers % 2], axis=1)
     rest = [None, mask, mask + 0.0, None, np.ones(len(answers), bool)]
-    return [({}, [9, i]) for i in range(count)], iterative_dpo.Rollout(tokens, *rest)
+    return [({}, [[9, i]]) for i in range(count)], iterative_dpo.Rollout(tokens, *rest)
 
 
 @pytest.mark.parametrize("scores", [(0.3, 1.0), (1.0, -1.0), (0.5, 0.5), (60.0, 0.0)])
@@ -595,7 +581,7 @@ def watch(monkeypatch):
     def watched(function, calls):
         def call(*args, **named):
             before = copy((args, named))
-            calls.append(SimpleNamespace(args=before[0], result=None, **before[1]))
+            calls.append(SimpleNamespace(given=before[0], result=None, **before[1]))
             calls[-1].result = function(*args, **named)
             return calls[-1].result
 
@@ -644,7 +630,7 @@ def test_a_run_of_ppo(inputs, talkative, tmp_path, watch):
         assert row["lr"] == pytest.approx(float(schedule(made)), rel=1e-6)
         made += row["policy/updates"]
     assert any(0 < row["completions/clipped_ratio"] < 1 for row in rows)
-    state = calls["save"][-1].args[2]
+    state = calls["save"][-1].given[2]
     counts = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32]
     assert made == 12 and {int(x) for x in counts} == {int(state.updates)} == {12}
     lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
@@ -681,15 +667,15 @@ def test_a_run_of_grpo(expression, share, inputs, tmp_path, watch):
         )
         assert prompts == [row["prompt"] for row in rows] and completions == texts
         assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 4
-        assert_equal(given.args[0].tokens, tokens)
-        assert [len(x) for x in (texts if share else prompts)] == given.args[1].tolist()
+        assert_equal(given.given[0].tokens, tokens)
+        assert [len(x) for x in (texts if share else prompts)] == given.given[1].tolist()
 
     reference = grpo.load_model(inputs / "lm")[1]
     (last,) = calls["save"]
-    policies = [call.args[0] for call in calls["rollout"]] + [last.args[2].params]
+    policies = [call.given[0] for call in calls["rollout"]] + [last.given[2].params]
     # Held out at step 0, steps 1 to 6, and held out at 6, before the reference moves once more.
     for number, call in enumerate(calls["rollout"]):
-        assert largest_difference(call.args[1], reference) < 1e-6
+        assert largest_difference(call.given[1], reference) < 1e-6
         if share and number in (2, 4, 7):  # after this rollout's step, number, or at the end
             moved = policies[number + 1]
             assert largest_difference(moved, reference) > 2e-4
@@ -697,9 +683,9 @@ def test_a_run_of_grpo(expression, share, inputs, tmp_path, watch):
                 lambda new, old: share * new + (1 - share) * old, moved, reference
             )
     if share is None:
-        assert last.args[2].ref_params is None
+        assert last.given[2].ref_params is None
     else:
-        assert largest_difference(last.args[2].ref_params, reference) < 1e-6
+        assert largest_difference(last.given[2].ref_params, reference) < 1e-6
 
 
 @pytest.mark.parametrize("reference", ["start", "previous"])
@@ -717,16 +703,17 @@ def test_a_run_of_iterative_dpo(reference, inputs, talkative, tmp_path, watch):
     iterative_dpo.main(args)
     assert_keys_differ(calls["rollout"], 2 + 2)
     start = iterative_dpo.load_model(talkative)[1]
-    saved = [call.args[2].params for call in calls["save"]]
+    saved = [call.given[2].params for call in calls["save"]]
     assert largest_difference(saved[0], start) > 2e-4
-    sampled_by = [call.args[0] for call in calls["rollout"]]
+    sampled_by = [call.given[0] for call in calls["rollout"]]
     assert_equal(sampled_by, [start, start, *saved])  # held out, two rounds, held out
-    used = [call.args[0] for call in calls["dataset_logprobs"]]
+    used = [call.given[0] for call in calls["dataset_logprobs"]]
     assert_equal(used, [start, start if reference == "start" else saved[0]])
 
     tokenizer = iterative_dpo.load_tokenizer(talkative)
     eos_id, score_of = tokenizer.eot_token, iterative_dpo.load_function(function)
-    for call, pairs, learned in zip(*(list(x) for x in list(calls.values())[:3])):
+    rounds = calls["rollout"][1:3], calls["make_pairs"], calls["dataset_logprobs"]
+    for call, pairs, learned in zip(*rounds):
         tokens, mask = np.asarray(call.result[0].tokens), np.asarray(call.result[0].mask)
         prompts = [x[m > 0].tolist() for x, m in zip(tokens[:, :-8], mask[:, :-8])]
         answers = [x[m > 0].tolist() for x, m in zip(tokens[:, -8:], mask[:, -8:])]
@@ -734,13 +721,13 @@ def test_a_run_of_iterative_dpo(reference, inputs, talkative, tmp_path, watch):
         assert 5 < sum(ids[-1] == eos_id for ids in answers) < 43
         texts = [tokenizer.decode([x for x in ids if x != eos_id]) for ids in answers]
         found = np.reshape(score_of(list(map(tokenizer.decode, prompts)), texts), (24, 2))
-        np.testing.assert_allclose(np.reshape(pairs.args[2], (24, 2)), found, rtol=1e-6)
+        np.testing.assert_allclose(np.reshape(pairs.given[2], (24, 2)), found, rtol=1e-6)
         assert (found[:, 0] < found[:, 1]).any() and (found[:, 0] > found[:, 1]).any()
         expected = [
             [prompts[2 * i], answers[2 * i + x.argmax()], answers[2 * i + x.argmin()]]
             for i, x in enumerate(found)
         ]
-        assert learned.args[2] == expected
+        assert learned.given[2] == expected
 
 
 def test_texts_are_trained_on(inputs, tmp_path):
@@ -909,7 +896,7 @@ def test_held_out_pairs_stand_in_the_order_of_the_rows(batch_size):
     rows, params = random_rows(12, 5, 12, 9), make_start(reward)
     scores, metrics = reward.evaluate(params, CONFIG, rows, batch_size, 20)
     batch = reward.make_batch(rows, 20, [0.0] * 12)  # that rows do not mix is shown above
-    expected = np.stack(reward.eval_step(params, batch["tokens"], batch["mask"], CONFIG), axis=1)
+    expected = np.stack(reward.pair_scores(params, batch["tokens"], batch["mask"], CONFIG), axis=1)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     margins = -np.diff(expected)[:, 0]
     assert metrics["eval/rewards/accuracies"] == pytest.approx((margins > 0).mean())
@@ -987,7 +974,6 @@ def test_learning_rate_schedule(warmup, total):
     fall = [0.8 * (total - step) / (total - warmup) for step in range(warmup, total + 1)]
     found = jax.vmap(schedule)(jnp.arange(total + 1))
     np.testing.assert_allclose(found, rise + fall, rtol=0, atol=2e-7)
-    assert rise[warmup - 1] == fall[0] == 0.8 and fall[-1] == 0
     assert float(schedule(warmup)) == pytest.approx(0.8, abs=1e-7)  # as it is logged
 
 

@@ -41,14 +41,21 @@ each_mode = pytest.mark.parametrize(("aggregation", "ratio_level"), MODES)
 
 
 def value_and_gradients(loss_fn, *arguments, argnums=0):
-    """((loss, metrics), gradients) of one of the losses."""
-    return jax.value_and_grad(loss_fn, argnums=argnums, has_aux=True)(*arguments)
+    """((loss, metrics), gradients) of one of the losses, whose first arguments are arrays."""
+    is_array = [np.ndim(x) > 0 for x in arguments]  # the others are static
+
+    def function(*arrays):
+        rest = iter(arrays)
+        return loss_fn(*(next(rest) if array else x for array, x in zip(is_array, arguments)))
+
+    arrays = [x for array, x in zip(is_array, arguments) if array]
+    return jax.jit(jax.value_and_grad(function, argnums, has_aux=True))(*arrays)
 
 
 def by_case(loss_fn, *columns, shape):
     """value_and_gradients of a table of cases, each a batch of this shape, in one call."""
     columns = [jnp.reshape(jnp.asarray(x, float), (-1, *shape)) for x in columns]
-    return jax.vmap(jax.value_and_grad(loss_fn, has_aux=True))(*columns)
+    return jax.jit(jax.vmap(jax.value_and_grad(loss_fn, has_aux=True)))(*columns)
 
 
 def global_norm(tree):
@@ -298,7 +305,11 @@ def test_whiten_equals_golden(goldens, float64):
     golden = goldens("ppo")
     x, mask = jnp.asarray(golden["whiten_values"]), golden["whiten_mask"].astype(float)
     for shift_mean, name in ((True, "masked_whiten"), (False, "masked_whiten_noshift")):
-        close(ppo.whiten(x, mask, shift_mean) * mask, golden[name] * mask, atol=1e-7)
+        white = ppo.whiten(x, mask, shift_mean)
+        close(white, golden[name] * mask, atol=1e-7)
+        real, before = white[mask > 0], x[mask > 0]
+        close(real.mean(), 0.0 if shift_mean else before.mean())
+        close(real.var(ddof=1), 1.0, atol=1e-7)
     rewards, mask = jnp.asarray(golden[f"{FIRST}/rewards"]), ~golden["padding_mask_p1"] + 0.0
     whitened = ppo.whiten(rewards, mask, shift_mean=False)
     close(whitened, golden["kl_k1_c0.05_whiten1_g1.0_l0.95/rewards"], atol=1e-6)
@@ -396,29 +407,6 @@ def test_the_score_is_paid_at_the_last_real_token(float64):
     close(rewards, np.array(kl_only) + paid)
     advantages, _ = ppo.compute_gae(rewards, jnp.zeros((3, 4)), mask, 1.0, 1.0)
     close(advantages[:, 0], [3 - 0.1, -2 - 0.2, 5 - 0.05])  # score minus KL of the whole sequence
-
-
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten_has_mean_0_and_unbiased_variance_1(float64, shift_mean):
-    x = 3.0 + 2.0 * np.asarray(normal(1, 4, 6))
-    white = np.asarray(ppo.whiten(jnp.asarray(x), MASK, shift_mean))
-    real = white[MASK > 0]
-    close(real.mean(), 0.0 if shift_mean else x[MASK > 0].mean())
-    close(real.var(ddof=1), 1.0, atol=1e-7)
-    assert (np.diff(real[np.argsort(x[MASK > 0])]) > 0).all()
-    assert not white[MASK == 0].any()
-
-
-def test_ppo_policy_loss_at_the_old_policy(float64):
-    """Ratio 1, nothing clipped, the loss -mean(A), its gradient -A / count: plain REINFORCE."""
-    advantages, logprobs = normal(1, 2, 4, 6)
-    (loss, metrics), gradient = value_and_gradients(
-        ppo.ppo_policy_loss, logprobs, logprobs, advantages, MASK, 0.2
-    )
-    close(loss, -(advantages * MASK).sum() / MASK.sum())
-    close(gradient, -advantages * MASK / MASK.sum())
-    close(metrics["val/ratio"], 1.0)
-    assert metrics["policy/clipfrac_avg"] == 0 and metrics["policy/approxkl_avg"] == 0
 
 
 def test_ppo_policy_loss_by_hand(float64):
@@ -635,27 +623,6 @@ def answers(float64):
     return list(normal(4, 4, 5, mean=-20, std=3))
 
 
-def test_response_logprobs_sum_what_is_not_masked(float64):
-    logprobs = jnp.array([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]])
-    mask = np.array([[0, 1, 1], [1, 0, 0]])
-    close(dpo.response_logprobs(logprobs, mask), [-6, -8])
-    close(jax.grad(lambda x: dpo.response_logprobs(x, mask).sum())(logprobs), mask)
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_dpo_at_the_reference(answers, label_smoothing):
-    """ln 2; the gradient raises the chosen answers and lowers the rejected ones, all alike."""
-    chosen, rejected, *_ = answers
-    (loss, metrics), gradients = value_and_gradients(
-        dpo.dpo_loss, chosen, rejected, chosen, rejected, 0.3, label_smoothing, argnums=(0, 1)
-    )
-    close(loss, np.log(2))
-    slope = 0.3 * (0.5 - label_smoothing) / 5
-    close(gradients[0], np.full(5, -slope))
-    close(gradients[1], np.full(5, slope))
-    assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0
-
-
 def test_dpo_of_answers_that_lie_far_apart():
     """No overflow: the loss is the margin itself, the gradient -beta or 0."""
     zeros = [[0.0, 0.0]] * 3
@@ -670,6 +637,13 @@ def test_label_smoothing(answers):
     """A number, or one for each pair; 1 turns the pair round, 1/2 teaches nothing at margin 0."""
     eps = np.array([0.0, 0.1, 0.5, 0.9, 1.0])
     chosen, rejected, ref_chosen, ref_rejected = answers
+    for number in (0.0, 0.1):  # at the reference: ln 2, and all answers are moved alike
+        (loss, metrics), gradients = value_and_gradients(
+            dpo.dpo_loss, *(chosen, rejected) * 2, 0.3, number, argnums=(0, 1)
+        )
+        close(loss, np.log(2))
+        close(np.array(gradients) / [[-1], [1]], np.full((2, 5), 0.3 * (0.5 - number) / 5))
+        assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0
     turned = rejected, chosen, ref_rejected, ref_chosen
     for number in eps:
         scalar, array = (dpo.dpo_loss(*answers, 0.3, x)[0] for x in (number, np.full(5, number)))
@@ -770,81 +744,21 @@ def test_grpo_loss_equals_golden(goldens, float64, loss_type, case):
     close(gradient, golden[f"{key}/grad_token_logps"])
     if kl_coef != "b0.0":
         close(metrics["kl"], golden[f"{key}/metric_kl"], atol=1e-7)
-    if ratio_level == "token":
+    if ratio_level == "sequence":  # the geometric mean of the tokens' ratios
+        _, old, _, _, mask = list(arguments.values())[:5]
+        means = ((logprobs - old) * mask).sum(axis=1) / mask.sum(axis=1)
+        close(metrics["val/ratio"], np.average(np.exp(means), weights=mask.sum(axis=1)))
+    else:
         low, high = metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]
         close(low, golden[f"{key}/metric_clip_ratio_low_mean"], atol=1e-7)
         close(high, golden[f"{key}/metric_clip_ratio_high_mean"], atol=1e-7)
         close(metrics["policy/clipfrac_avg"], low + high)
     jitted = jax.jit(grpo.grpo_loss, static_argnames=("aggregation", "ratio_level"))
-    jax.tree.map(close, jitted(**arguments), (loss, metrics))
+    for function in (jitted, grpo.grpo_loss):
+        jax.tree.map(close, function(**arguments), (loss, metrics))
 
 
 # ---------------------------------------------------------------------------- grpo.py: closed forms
-
-
-@pytest.fixture
-def group(float64):
-    """logprobs, old and ref [4, 6], advantages [4], a mask with rows of 6, 4, 1 and 3 tokens."""
-    return *normal(2, 3, 4, 6, mean=-2, std=0.3), np.array([1.5, -0.5, -2.0, 1.0]), MASK
-
-
-def token_weights(mask, aggregation, max_length):
-    """[B, R]: what each token counts for; the loss is the weighted sum."""
-    if aggregation == "sequence":
-        return mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / len(mask)
-    return mask / (mask.sum() if aggregation == "token" else len(mask) * max_length)
-
-
-@pytest.mark.parametrize("scale", [True, False])
-def test_advantages_of_a_group(float64, scale):
-    """They sum to 0 in each group; a group of equal rewards has none, also after rounding."""
-    rewards = np.random.default_rng(5).normal(size=(5, 3))
-    rewards[1] = 0.1
-    advantages = grpo.group_relative_advantage(jnp.asarray(rewards.reshape(-1)), 3, scale)
-    advantages = np.asarray(advantages).reshape(5, 3)
-    close(advantages.sum(axis=1), np.zeros(5), atol=1e-11)
-    close(advantages[1], np.zeros(3), atol=1e-11)
-    others = [0, 2, 3, 4]
-    expected = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale:
-        expected = expected / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
-    close(advantages[others], expected[others])
-
-
-@pytest.mark.parametrize("group_size", [2, 3, 6])
-def test_leave_one_out_advantage_by_a_loop(float64, group_size):
-    rewards = np.random.default_rng(6).normal(size=12)
-    expected = np.zeros(12)
-    for i in range(12):
-        first = i - i % group_size
-        others = [rewards[j] for j in range(first, first + group_size) if j != i]
-        expected[i] = rewards[i] - np.mean(others)
-    close(grpo.leave_one_out_advantage(jnp.asarray(rewards), group_size), expected)
-
-
-@each_mode
-def test_grpo_loss_on_policy(group, aggregation, ratio_level):
-    """Ratio 1, nothing clipped, KL 0; the gradient is REINFORCE's, -A times a token's weight.
-
-    An entropy bonus is taken off each token's loss.
-    """
-    logprobs, bonus, _, advantages, mask = group
-    weights = token_weights(mask, aggregation, 8)
-
-    def loss_fn(x, bonus):
-        static = (0.2, 0.28, 0.1, aggregation, ratio_level, 8, bonus)
-        return grpo.grpo_loss(x, logprobs, logprobs, advantages, mask, *static)
-
-    (loss, metrics), gradient = value_and_gradients(loss_fn, logprobs, 0.0)
-    expected = -advantages[:, None] * weights
-    close(loss, expected.sum())
-    close(gradient, expected)
-    close(metrics["val/ratio"], 1)
-    for name in ("policy/approxkl_avg", "policy/clipfrac_avg", "kl"):
-        assert metrics[name] == 0
-    (loss, _), gradients = value_and_gradients(loss_fn, logprobs, bonus, argnums=(0, 1))
-    close(loss, (expected - weights * bonus).sum())
-    jax.tree.map(close, gradients, (expected, -weights))
 
 
 @each_mode
@@ -875,38 +789,6 @@ def test_grpo_loss_by_hand(float64, aggregation, ratio_level):
     close(metrics["val/ratio"], ratio)
 
 
-def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens(float64):
-    """(2 * 1/2 * 1.331)^(1/3) = 1.1: not clipped, though each token would be; padding is out."""
-    ratios = np.array([[2.0, 0.5, 1.331, 100.0]])
-    mask, old = np.array([[1.0, 1.0, 1.0, 0.0]]), np.full((1, 4), -1.0)
-    logprobs = jnp.asarray(old + np.log(ratios))
-    (loss, metrics), gradient = value_and_gradients(
-        grpo.grpo_loss,
-        *(logprobs, old, old, jnp.array([2.0]), mask),
-        *(0.2, 0.2, 0.0, "sequence", "sequence", 4),
-    )
-    close(loss, -2.2)
-    close(metrics["val/ratio"], 1.1)
-    close(gradient, -2.2 * mask / 3)
-    assert metrics["policy/clipfrac_avg"] == 0
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS.values())
-def test_kl_of_grpo_loss(group, aggregation):
-    """k3 = exp(d) - 1 - d of each token, weighted as the rest; its derivative is 1 - exp(d)."""
-    logprobs, _, ref, advantages, mask = group
-    (loss, metrics), gradient = value_and_gradients(
-        grpo.grpo_loss,
-        *(logprobs, logprobs, ref, 0 * advantages, mask),
-        *(0.2, 0.2, 0.7, aggregation, "token", 8),
-    )
-    difference, weights = ref - logprobs, 0.7 * token_weights(mask, aggregation, 8)
-    k3 = np.exp(difference) - 1 - difference
-    close(loss, (weights * k3).sum())
-    close(gradient, weights * (1 - np.exp(difference)))
-    close(metrics["kl"], (k3 * mask).sum() / mask.sum())
-
-
 @pytest.mark.parametrize("difference", [1e-2, 1e-3, -1e-3])
 def test_kl_of_grpo_loss_is_accurate_near_0(difference):
     """In float32: exp(d) - 1 - d for d = 0.001 would be off by a tenth."""
@@ -920,42 +802,62 @@ def test_kl_of_grpo_loss_is_accurate_near_0(difference):
     np.testing.assert_allclose(loss, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_advantages_by_a_loop(float64, group_size):
+    """A group of equal rewards has none, also after rounding."""
+    rewards = np.random.default_rng(6).normal(size=12)
+    rewards[:group_size] = 0.1
+    expected = np.zeros((3, 12))
+    for i in range(12):
+        first = i - i % group_size
+        group = rewards[first : first + group_size]
+        others = np.delete(group, i - first)
+        difference = rewards[i] - np.mean(group)
+        expected[:, i] = difference, difference / (np.std(group, ddof=1) + 1e-4), rewards[i]
+        expected[2, i] -= np.mean(others)
+    found = [
+        grpo.group_relative_advantage(jnp.asarray(rewards), group_size, scale=False),
+        grpo.group_relative_advantage(jnp.asarray(rewards), group_size),
+        grpo.leave_one_out_advantage(jnp.asarray(rewards), group_size),
+    ]
+    close(found, expected, atol=1e-11)
+    close(np.array(found)[[0, 2]], expected[[0, 2]])
+    assert not np.array(found)[:, :group_size].any()
+
+
 @each_mode
-def test_a_row_without_tokens_counts_its_0_in_grpo_loss(group, aggregation, ratio_level):
-    *logprobs, advantages, mask = group
-    mask = mask * np.array([1, 1, 0, 1])[:, None]
-    static = (0.2, 0.28, 0.1, aggregation, ratio_level, 8)
-    loss, _ = grpo.grpo_loss(*logprobs, advantages, mask, *static)
-    others = (x[mask.any(axis=1)] for x in (*logprobs, advantages, mask))
-    loss_of_others, _ = grpo.grpo_loss(*others, *static)
+def test_a_row_without_tokens_counts_its_0_in_grpo_loss(float64, aggregation, ratio_level):
+    x, advantages = normal(2, 3, 4, 6, mean=-2, std=0.3), jnp.array([1.5, -0.5, -2.0, 1.0])
+    rows, static = np.array([0, 1, 3]), (0.2, 0.28, 0.1, aggregation, ratio_level, 8)
+    mask = MASK * np.array([1, 1, 0, 1])[:, None]
+    loss_fn = jax.jit(grpo.grpo_loss, static_argnames=("aggregation", "ratio_level"))
+    loss, _ = loss_fn(*x, advantages, mask, *static)
+    loss_of_others, _ = loss_fn(*x[:, rows], advantages[rows], mask[rows], *static)
     assert loss != 0
     close(loss, loss_of_others * (1 if aggregation == "token" else 3 / 4))
 
 
-def test_wrong_shapes_are_refused(group):
+def test_wrong_shapes_are_refused():
     """[B, 1] and [B] would broadcast to [B, B] without a word."""
-    logprobs, old, ref, advantages, mask = group
     static = (0.2, 0.2, 0.1, "token", "token", 6)
-    row, column = jnp.arange(4.0), jnp.arange(4.0)[:, None]
-    ipo, hinge = dpo.Args(loss="ipo"), dpo.Args(loss="hinge")
-    two, three = jnp.ones((4, 2)), jnp.ones((3, 2))
+    row, column, x = jnp.arange(4.0), jnp.arange(4.0)[:, None], jnp.ones((4, 6))
+    two, ipo, hinge = jnp.ones((4, 2)), dpo.Args(loss="ipo"), dpo.Args(loss="hinge")
     for function, *arguments in (
-        (grpo.grpo_loss, logprobs, old, ref, advantages[:, None], mask, *static),
-        (grpo.grpo_loss, logprobs, old, ref, logprobs, mask, *static),
-        (grpo.grpo_loss, logprobs, old[:, :1], ref, advantages, mask, *static),
-        (grpo.grpo_loss, logprobs, old, ref[:1], advantages, mask, *static),
-        (grpo.grpo_loss, logprobs, old, ref, advantages, mask[:, :5], *static),
+        (grpo.grpo_loss, x, x, x, column, x, *static),
+        (grpo.grpo_loss, x, x, x, x, x, *static),
+        (grpo.grpo_loss, x, x[:, :1], x, row, x, *static),
+        (grpo.grpo_loss, x, x, x[:1], row, x, *static),
+        (grpo.grpo_loss, x, x, x, row, x[:, :5], *static),
         (grpo.group_relative_advantage, column, 2),
         (grpo.group_relative_advantage, row, 1),
         (grpo.leave_one_out_advantage, row, 1),
-        (dpo.response_logprobs, logprobs, mask[:, :5]),
+        (dpo.response_logprobs, x, x[:, :5]),
         (dpo.response_logprobs, row, row),
         (dpo.dpo_loss, column, row, row, row, 0.1),
         (dpo.dpo_loss, row, row, row, row[:3], 0.1),
         (dpo.dpo_loss, column, column, column, column, 0.1),
-        (dpo.pair_loss, two, two[:1], jnp.ones((4, 2)), ipo),
-        (dpo.pair_loss, two[:1], two, jnp.ones((1, 2)), hinge),
-        (dpo.pair_loss, three, two, jnp.ones((3, 2)), hinge),
+        (dpo.pair_loss, two, two[:1], two[:1], ipo),
+        (dpo.pair_loss, two[:1], two, two[:1], hinge),
     ):
         with pytest.raises(AssertionError):
             function(*arguments)
@@ -964,70 +866,43 @@ def test_wrong_shapes_are_refused(group):
 # ------------------------------------------------------------------------ KL, by exact enumeration
 
 
-@pytest.fixture
-def categorical(float64):
-    """Logits of a policy with probabilities .1 .2 .3 .15 .25, a reference, all five log-probs."""
+def test_kl_estimators(float64):
+    """Of a policy with five tokens, whose expectations are sums.
+
+    k1 and k3 both have the mean KL(pi || ref). E[k1 * grad log pi] with k1 held fixed, as in a
+    reward, is the gradient of KL; with k3 it is not. As a loss, k1 has no gradient, and k3 that of
+    the other direction, KL(ref || pi).
+    """
     probabilities = np.array([0.1, 0.2, 0.3, 0.15, 0.25])
+    logits = jnp.log(probabilities) + 0.7
     ref = jax.nn.log_softmax(jnp.array([0.3, -1.0, 0.5, 1.2, -0.4]))
-    return jnp.log(probabilities) + 0.7, probabilities, ref
 
+    def k1(x):
+        return ppo.compute_kl_divergence(jax.nn.log_softmax(x), ref)
 
-def kl(logits, ref):
-    """KL(pi || ref), summed over the five tokens."""
-    logprobs = jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(logprobs) * (logprobs - ref))
-
-
-def k3(k1):
-    return jnp.expm1(-k1) + k1
-
-
-def test_k1_and_k3_have_the_mean_kl(categorical):
-    logits, probabilities, ref = categorical
-    k1 = ppo.compute_kl_divergence(jax.nn.log_softmax(logits), ref)
-    close((probabilities * k1).sum(), kl(logits, ref))
-    close((probabilities * k3(k1)).sum(), kl(logits, ref))
-    assert k3(k1).min() > 0 > k1.min()
-
-
-def test_k1_in_the_reward_has_the_gradient_of_kl(categorical):
-    """E[k1 * grad log pi] with k1 held fixed is the gradient of KL; with k3 it is not."""
-    logits, probabilities, ref = categorical
-    k1 = ppo.compute_kl_divergence(jax.nn.log_softmax(logits), ref)
+    def k3(x):
+        return jnp.expm1(-k1(x)) + k1(x)
 
     def policy_gradient(penalty):
         return jax.grad(lambda x: jnp.sum(probabilities * penalty * jax.nn.log_softmax(x)))(logits)
 
-    exact = jax.grad(kl)(logits, ref)
-    close(policy_gradient(k1), exact)
-    assert np.abs(policy_gradient(k3(k1)) - exact).max() > 0.05
+    kl, gradient = jax.value_and_grad(lambda x: jnp.sum(jax.nn.softmax(x) * k1(x)))(logits)
+    close([(probabilities * k(logits)).sum() for k in (k1, k3)], kl)
+    assert k3(logits).min() > 0 > k1(logits).min()
+    close(policy_gradient(k1(logits)), gradient)
+    assert np.abs(policy_gradient(k3(logits)) - gradient).max() > 0.05
+    as_loss = [jax.grad(lambda x, k=k: jnp.sum(probabilities * k(x)))(logits) for k in (k1, k3)]
+    close(as_loss[0], np.zeros(5))
+    forward = jax.grad(lambda x: jnp.sum(jnp.exp(ref) * (ref - jax.nn.log_softmax(x))))(logits)
+    close(as_loss[1], forward)
+    assert np.abs(forward).max() > 0.05
 
-
-def test_k1_as_a_loss_has_no_gradient_and_k3_that_of_the_forward_kl(categorical):
-    logits, probabilities, ref = categorical
-
-    def mean_of(estimator):
-        def loss(x):
-            k1 = ppo.compute_kl_divergence(jax.nn.log_softmax(x), ref)
-            return jnp.sum(probabilities * estimator(k1))
-
-        return jax.grad(loss)(logits)
-
-    close(mean_of(lambda k1: k1), np.zeros(5))
-    forward_kl = jax.grad(lambda x: jnp.sum(jnp.exp(ref) * (ref - jax.nn.log_softmax(x))))(logits)
-    close(mean_of(k3), forward_kl)
-    assert np.abs(forward_kl).max() > 0.05
-
-
-def test_ppo_policy_loss_with_k1_as_reward_descends_kl(categorical):
-    """Twenty tokens in the proportions of the policy, so that their mean is the expectation."""
-    logits, probabilities, ref = categorical
+    # The policy's loss with -k1 as advantages: twenty tokens in the policy's proportions.
     tokens = np.repeat(np.arange(5), np.round(20 * probabilities).astype(int)).reshape(4, 5)
-    old = jax.nn.log_softmax(logits)[tokens]
-    advantages = -ppo.compute_kl_divergence(old, ref[tokens])
+    old, advantages = jax.nn.log_softmax(logits)[tokens], -k1(logits)[tokens]
 
     def loss(x):
         logprobs = jax.nn.log_softmax(x)[tokens]
         return ppo.ppo_policy_loss(logprobs, old, advantages, jnp.ones((4, 5)), 0.2)[0]
 
-    close(jax.grad(loss)(logits), jax.grad(kl)(logits, ref))
+    close(jax.grad(loss)(logits), gradient)

@@ -10,14 +10,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from test_runs import (
-    Crash,
-    assert_same_run,
-    crash_after_a_checkpoint,
-    make_inputs,
-    metrics_of,
-    small_args,
-)
+from test_runs import make_inputs, metrics_of, run_and_resume, small_args, train
 
 import gpt2
 import mixed_precision
@@ -60,6 +53,8 @@ def step(state, dtype="float16", optimizer=ADAM, args=ARGS):
     """(state, metrics) of train_step, which gives the buffers of the state away: here a copy's."""
     state = jax.tree.map(jnp.copy, state)
     state, metrics = mixed_precision.train_step(state, batch(), in_dtype(dtype), optimizer, args)
+    dtypes = {x.dtype for x in jax.tree.leaves(state)}  # half is only computed in
+    assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
     return state, jax.device_get(metrics)
 
 
@@ -118,6 +113,10 @@ def test_an_overflow_halves_the_scale_and_skips_one_step():
     counts = [x for x in jax.tree.leaves(after.opt_state) if x.dtype == jnp.int32]
     assert [int(count) for count in counts] == [2, 2]  # Adam's and the schedule's
     assert error(after.params, before[0]) > 1e-4
+    # Two steps had been good before; it takes three again until the scale doubles.
+    for good_steps, doubled in ((2, scale / 2), (0, scale)):
+        after, _ = step(after)
+        assert (after.good_steps, after.loss_scale) == (good_steps, doubled)
 
 
 @pytest.mark.parametrize("value", [1e6, np.nan])
@@ -146,20 +145,17 @@ def test_the_scale_doubles_after_good_steps_in_a_row():
     assert scales == [8, 8, 8, 16, 16, 16, 32]  # growth_interval is 3
     assert (state.loss_scale, state.good_steps, state.skipped_steps) == (32, 1, 0)
 
-    # Two good steps, an overflow, and again it takes three.
-    state = about_to_overflow(state)._replace(good_steps=jnp.int32(2))
-    scale, good_steps = float(state.loss_scale), []
-    for _ in range(3):
-        state, metrics = step(state)
-        good_steps.append(int(state.good_steps))
-    assert good_steps == [0, 1, 2] and state.loss_scale == scale / 2
-    assert step(state)[0].loss_scale == scale
 
-
-def test_the_scale_has_an_upper_bound():
-    state = new_state(2.0**24, good_steps=jnp.int32(2))
-    state, metrics = step(state, "float32")
-    assert (state.loss_scale, state.good_steps, metrics["skipped_steps"]) == (2**24, 0, 0)
+@pytest.mark.parametrize("dtype, given", [("float32", 2.0**24), ("float16", np.inf)])
+def test_the_scale_has_an_upper_bound(dtype, given):
+    """It does not double beyond; and an absurd one comes down to it, and from there by halves."""
+    state, metrics = step(new_state(given, good_steps=jnp.int32(2)), dtype)
+    skipped = given == np.inf
+    assert (metrics["loss_scale"], metrics["skipped_steps"]) == (given, skipped)
+    assert (state.loss_scale, state.good_steps) == (2**24, 0)
+    state, metrics = step(state, dtype)
+    assert state.loss_scale == (2**23 if skipped else 2**24)
+    assert np.isfinite(metrics["loss"]) and (metrics["grad_norm"] == 0) == skipped
 
 
 # ------------------------------------------------------------------------------ what it computes
@@ -194,7 +190,6 @@ def test_in_half_the_scale_changes_nothing_where_nothing_underflows():
     for dtype, low, high, bound in (("float16", 10, 12, 2e-3), ("bfloat16", 0, 12, 2e-2)):
         found = gradient(dtype, 2.0**low)
         assert_equal(found, gradient(dtype, 2.0**high))
-        print(dtype, error(found, exact))
         assert bound / 10 < error(found, exact) < bound  # it is half precision, and no worse
     assert 2e-4 < error(gradient("float16", 1.0), gradient("float16", 2.0**12)) < 2e-3
 
@@ -249,32 +244,16 @@ def test_products_are_in_half_and_norms_softmax_and_loss_in_float32(dtype):
     assert all(ins == {dtype} for ins, _ in found["tanh"])  # gelu's
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_what_is_kept_and_what_the_optimizer_gets_is_float32(dtype):
-    seen = []
-
-    def update(grads, state, params):
-        seen.append({x.dtype for x in jax.tree.leaves((grads, params))})
-        return grads, state
-
-    optimizer = optax.chain(optax.GradientTransformation(lambda _: (), update), ADAM)
-    state = mixed_precision.make_state(parameters(), optimizer, 8.0)
-    for _ in range(2):
-        dtypes = [x.dtype for x in jax.tree.leaves(state)]
-        assert set(dtypes) == {jnp.dtype("float32"), jnp.dtype("int32")}
-        state, _ = step(state, dtype, optimizer)
-    assert seen == [{jnp.dtype("float32")}]
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_no_bfloat16_where_it_was_not_asked_for(dtype):
     """Metal has none; training, evaluation, sampling and the ratio."""
     config, state = in_dtype(dtype), new_state(8.0)
-    make = functools.partial(jax.make_jaxpr, static_argnums=(2, 3, 4))
-    texts = [str(make(mixed_precision.train_step)(state, batch(), config, ADAM, ARGS))]
-    make = functools.partial(jax.make_jaxpr, static_argnums=2)
-    texts.append(str(make(mixed_precision.eval_step)(state.params, batch(), config)))
-    texts.append(str(jax.make_jaxpr(lambda: sample(config, 1.0))()))
+    calls = (
+        lambda: mixed_precision.train_step(state, batch(), config, ADAM, ARGS),
+        lambda: mixed_precision.eval_step(state.params, batch(), config),
+        lambda: sample(config, 1.0),
+    )
+    texts = [str(jax.make_jaxpr(call)()) for call in calls]
     assert not any("bf16" in text for text in texts)
     assert [dtype == "float16"] * 3 == ["f16[" in text for text in texts]
     assert "bf16" in str(forward_jaxpr("bfloat16"))
@@ -293,8 +272,8 @@ def sample(config, temperature, rows=128, eos_id=EOS):
     return sampled, mixed_precision.log_ratios(parameters(), config, *sampled, temperature)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 0.0])
-def test_log_ratios_by_hand(temperature):
+def test_log_ratios_by_hand():
+    temperature = 0.7
     (tokens, mask, logprobs), ratios = sample(in_dtype("float16"), temperature)
     assert (np.asarray(mask)[:, 4:].sum(axis=1) < 10).any()  # rows that ended
     apply = jax.jit(mixed_precision.GPT2(CONFIG).apply)
@@ -303,7 +282,7 @@ def test_log_ratios_by_hand(temperature):
         end, length = kept.sum(), kept[4:].sum()  # of the row without padding; of its response
         row = np.pad(row[kept], (0, 14 - end))
         logits = apply({"params": parameters()}, row[None], np.ones((1, 14), np.int32))[0]
-        logits = np.asarray(logits, np.float64)[end - length - 1 : end - 1] / (temperature or 1)
+        logits = np.asarray(logits, np.float64)[end - length - 1 : end - 1] / temperature
         full = logits[range(length), row[end - length : end]] - np.log(np.exp(logits).sum(axis=1))
         expected.append(logprob[:length].sum() - full.sum())
     np.testing.assert_allclose(ratios, expected, atol=2e-5)
@@ -319,7 +298,6 @@ def test_spread_of_the_log_ratio():
         _, ratios = sample(in_dtype(dtype), 1.0, 512, -1)
         spreads.append(float(ratios.std()))
         means.append(float(jnp.exp(ratios).mean()))
-    print(spreads, means)
     assert spreads[0] < 1e-5
     assert spreads[1] / spreads[0] > 100
     assert 5 < spreads[2] / spreads[1] < 12  # three bits fewer: 8
@@ -335,98 +313,57 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def run_args(inputs, run_dir, **changes):
-    """test_runs.py's small run of sft.py, 8 steps, with this script's flags."""
-    return mixed_precision.Args(**(vars(small_args(sft, inputs, run_dir)) | changes))
-
-
+@pytest.mark.slow
 def test_a_run_that_skips_is_resumed(inputs, tmp_path):
     """Overflows before the checkpoint and after it; the scale grows, too."""
     first = {"loss_scale": 2.0**24, "growth_interval": 2}
-    args = run_args(inputs, tmp_path / "whole", **first)
-    mixed_precision.main(args)
-    rows = metrics_of(tmp_path / "whole")
-    scales = [row["loss_scale"] for row in rows[1:]]
-    skipped = [row["skipped_steps"] for row in rows[1:]]
+    (_, *rows), saved, _ = run_and_resume(mixed_precision, inputs, tmp_path, **first)
+    scales, skipped = ([row[name] for row in rows] for name in ("loss_scale", "skipped_steps"))
     assert 1 <= skipped[2] < skipped[-1] < 8  # the checkpoints are of steps 3, 6 and 8
     assert scales[0] == 2**24 and scales[1] == 2**23 and len(set(scales)) > 3
-    for row, before in zip(rows[1:], [0, *skipped]):
+    for row, before in zip(rows, [0, *skipped]):
         assert (row["grad_norm"] == 0) == (row["skipped_steps"] > before)
-
-    args = dataclasses.replace(args, run_dir=str(tmp_path / "run"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        crash_after_a_checkpoint(mixed_precision, patch)
-        mixed_precision.main(args)
-    checkpoint = load_file(tmp_path / "run" / "checkpoint.safetensors")
-    assert checkpoint[".loss_scale"] == scales[3]
-    assert checkpoint[".skipped_steps"] == skipped[2]
-    mixed_precision.main(dataclasses.replace(args, resume=True))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert (saved[".loss_scale"], saved[".skipped_steps"]) == (scales[3], skipped[2])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_a_run_logs_the_ratio_and_saves_float32(dtype, inputs, tmp_path):
-    mixed_precision.main(run_args(inputs, tmp_path / "run", dtype=dtype, epochs=1))
-    rows = metrics_of(tmp_path / "run")
-    spreads = [row["eval/log_ratio_std"] for row in rows if "eval/log_ratio_std" in row]
-    assert len(spreads) == len([row for row in rows if "eval/loss" in row]) == 3
-    low, high = {"float32": (0, 2e-5), "float16": (2e-4, 1e-2), "bfloat16": (2e-3, 1e-1)}[dtype]
-    assert all(low < spread < high for spread in spreads), spreads
-    assert all(abs(row["eval/ratio"] - 1) < 3 * high for row in rows if "eval/ratio" in row)
-    samples = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
-    assert len(samples) == 3 * 8
-    tensors = load_file(tmp_path / "run" / "model" / "model.safetensors")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype, low, high",
+    [("float16", 2e-4, 1e-2), ("bfloat16", 2e-3, 1e-1), ("float32", 0, 2e-5)],
+)
+def test_a_run_logs_the_ratio_and_saves_float32(dtype, low, high, inputs, tmp_path):
+    """In float32 it is the run of sft.py."""
+    run = train(mixed_precision, inputs, tmp_path / dtype, dtype=dtype)
+    rows = metrics_of(run)
+    evaluated = [row for row in rows if "eval/loss" in row]
+    assert len(evaluated) == 5
+    for row in evaluated:
+        assert low < row["eval/log_ratio_std"] < high
+        assert abs(row["eval/ratio"] - 1) < 3 * high
+    assert len((run / "samples.jsonl").read_text("utf-8").splitlines()) == 5 * 8
+    tensors = load_file(run / "model" / "model.safetensors")
     assert {x.dtype for x in tensors.values()} == {np.dtype("float32")}
-    assert json.loads((tmp_path / "run/model/config.json").read_text())["dtype"] == "float32"
+    assert json.loads((run / "model" / "config.json").read_text())["dtype"] == "float32"
+    if dtype == "float32":
+        other = train(sft, inputs, tmp_path / "sft")
+        others = metrics_of(other)
+        assert len(rows) == len(others) == 9
+        for row, expected in zip(rows, others):
+            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        assert error(tensors, load_file(other / "model" / "model.safetensors")) < 1e-3
 
 
-def test_in_float32_a_run_is_that_of_sft(inputs, tmp_path):
-    args = run_args(inputs, tmp_path / "run", dtype="float32")
-    mixed_precision.main(args)
-    sft.main(small_args(sft, inputs, tmp_path / "sft"))
-    rows, others = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "sft")
-    assert len(rows) == len(others) == 9
-    for row, other in zip(rows, others):
-        assert {name: row[name] for name in other} == pytest.approx(other, rel=1e-4)
-    tensors = [load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "sft")]
-    assert error(*tensors) < 1e-3
+def test_no_bfloat16_on_metal(inputs, tmp_path, monkeypatch, error_line):
+    def refused(**changes):
+        args = small_args(mixed_precision, inputs, tmp_path / "run", **changes)
+        return error_line(mixed_precision.main, args)
 
-
-def test_a_run_that_diverges_ends(inputs, tmp_path, error_line):
-    """Every step after the first is skipped, and would be forever."""
-    args = run_args(inputs, tmp_path / "run", learning_rate=1e9)
-    message = error_line(mixed_precision.main, args)
-    assert "is not finite at step 2" in message and "--learning-rate" in message
-    assert not (tmp_path / "run" / "model").exists()
-
-
-@pytest.mark.parametrize("name", ["METAL", "metal"])
-def test_no_bfloat16_on_metal(name, inputs, tmp_path, monkeypatch, error_line):
-    monkeypatch.setattr(jax, "default_backend", lambda: name)
-    args = run_args(inputs, tmp_path / "run", dtype="bfloat16")
-    message = error_line(mixed_precision.main, args)
-    assert "bfloat16" in message and "--dtype float16" in message
-    assert not (tmp_path / "run").exists()
-    mixed_precision.main(dataclasses.replace(args, dtype="float16", epochs=1))
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    assert "Metal has no bfloat16" in refused(dtype="bfloat16")
+    assert "--growth-interval" in refused(dtype="float16", growth_interval=0)  # looked at later
     message = error_line(gpt2.main, gpt2.Args(prompt=("It is",), dtype="bfloat16"))
-    assert "bfloat16" in message and "--dtype float16" in message
-
-
-@pytest.mark.parametrize("flag", ["loss_scale", "growth_interval"])
-@pytest.mark.parametrize("value", [0, -8])
-def test_a_bad_scale(flag, value, inputs, tmp_path, error_line):
-    message = error_line(mixed_precision.main, run_args(inputs, tmp_path / "run", **{flag: value}))
-    assert message == f"error: --{flag.replace('_', '-')} must be at least 1\n"
+    assert "Metal has no bfloat16" in message
     assert not (tmp_path / "run").exists()
-
-
-def test_an_absurd_scale_comes_down():
-    """Gradients are infinite; the scale goes to its upper bound, and from there by halves."""
-    state = new_state(np.inf)
-    for scale in (np.inf, 2**24, 2**23):
-        state, metrics = step(state)
-        assert metrics["loss_scale"] == scale and np.isfinite(metrics["loss"])
-    assert state.skipped_steps == 3 and metrics["grad_norm"] == 0
 
 
 # ------------------------------------------------------------------------------ underflow
@@ -451,7 +388,6 @@ def test_gradients_underflow_in_float16_without_a_scale(reviews):
         large = benchmark.enlarge_residual(params, factor)
         unscaled = benchmark.underflow(large, config, batches[0], "float16", 1.0)
         scaled = benchmark.underflow(large, config, batches[0], "float16", 65536.0)
-        print(factor, unscaled, scaled)
         assert zeros[0] <= unscaled[0] <= zeros[1]
         assert wrong[0] <= unscaled[2] <= wrong[1]
         assert scaled[0] < 1e-3 and scaled[2] < 0.005
@@ -469,7 +405,6 @@ def test_float16_follows_float32_where_it_is_scaled(reviews):
     exact = losses.pop("float32")
     assert exact[0] > 6 and exact[-1] < 3
     band = {name: np.abs(curve - exact).max() for name, curve in losses.items()}
-    print(exact[[0, -1]], band)
     assert band["float16, scaled"] < 2e-3
     assert band["bfloat16"] < 2e-2
     assert band["float16, not scaled"] > 1

@@ -208,6 +208,40 @@ def grpo_objective(
 
 # --------------------------------------------------------------------------- they reach the optimum
 
+# The labels of dpo.py's pairs are Bradley and Terry's, on pairs that have nothing to do with the
+# policy; iterative_dpo.py's pairs are its own, with the reference where it was. For ppo.py, k1 is
+# in the reward, and with exact values any lambda does; clipping may slow, but not mislead.
+#
+# In grpo.py, pi* gives every sequence the same r - beta * k1, so there every advantage is 0. With
+# one prompt and a table for a policy, dividing advantages by the std, or losses by the lengths,
+# therefore moves the way to the optimum, but not the optimum.
+LABELLED = np.outer(EXPLORE, EXPLORE) * PREFERRED
+dpo_objective = functools.partial(pair_objective, weights=LABELLED)
+ppo_with = functools.partial(functools.partial, ppo_objective)
+grpo_with = functools.partial(functools.partial, grpo_objective)
+RIGHT = {  # the expected loss, and updates to a rollout
+    "dpo": (lambda table, _: dpo_objective(dpo.dpo_loss, table), 1),
+    "iterative-dpo": (iterative_dpo_objective, 1),
+    "ppo": (ppo_objective, 1),
+    "ppo-values": (ppo_with(values_of=exact_values), 1),
+    "ppo-one-step": (ppo_with(values_of=exact_values, lam=0.0), 1),
+    "ppo-four-updates": (ppo_with(values_of=exact_values, lam=0.95), 4),
+    "grpo": (grpo_objective, 1),
+    "grpo-four-updates": (grpo_objective, 4),
+    "grpo-sequence-mean": (grpo_with(aggregation="sequence"), 1),
+    "grpo-sequence-ratio": (grpo_with(ratio_level="sequence"), 1),
+    "grpo-mean": (grpo_with(advantage_of=grouped(group_mean, 2)), 1),
+    "grpo-std": (grpo_with(advantage_of=grouped(grpo.group_relative_advantage, 2)), 1),
+    "grpo-others": (
+        grpo_with(
+            advantage_of=grouped(grpo.leave_one_out_advantage, 2),
+            aggregation="token",
+            ratio_level="sequence",
+        ),
+        1,
+    ),
+}
+
 
 def test_the_problem_is_not_trivial():
     """pi* is far from the reference and from the best sequence alone, and leaves nothing out."""
@@ -217,16 +251,9 @@ def test_the_problem_is_not_trivial():
     assert optimum.min() > 1e-3
 
 
-def test_dpo():
-    """Labels after Bradley and Terry's model, on pairs that have nothing to do with the policy."""
-    weights = np.outer(EXPLORE, EXPLORE) * PREFERRED
-    table = optimise(lambda table, _: pair_objective(dpo.dpo_loss, table, weights))
-    assert distance(table, closed_form()) < NEAR
-
-
-def test_iterative_dpo():
-    """The same labels on pairs from the policy itself, with the reference where it was."""
-    assert distance(optimise(iterative_dpo_objective), closed_form()) < NEAR
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_optimum_is_reached(name):
+    assert distance(optimise(*RIGHT[name]), closed_form()) < NEAR
 
 
 def test_ipo():
@@ -235,54 +262,20 @@ def test_ipo():
     h = log(pi / pi_ref) of one less that of the other; for a pair alone, the optimum would be
     h = (P - 1/2) / beta. Least squares over all pairs gives the mean over the other answer.
     """
-    weights = np.outer(EXPLORE, EXPLORE) * PREFERRED
-    table = optimise(lambda table, _: pair_objective(dpo.ipo_loss, table, weights))
+    table = optimise(lambda table, _: dpo_objective(dpo.ipo_loss, table))
     assert distance(table, closed_form(PREFERRED @ EXPLORE)) < NEAR
     assert distance(table, closed_form()) > FAR  # not the same as DPO's
 
 
-@pytest.mark.parametrize(
-    ("values_of", "lam", "updates_per_rollout"),
-    [(no_values, 1.0, 1), (exact_values, 1.0, 1), (exact_values, 0.0, 1), (exact_values, 0.95, 4)],
-)
-def test_ppo(values_of, lam, updates_per_rollout):
-    """k1 in the reward; with exact values any lambda does. Clipping may slow, but not mislead."""
-    loss = functools.partial(ppo_objective, values_of=values_of, lam=lam)
-    assert distance(optimise(loss, updates_per_rollout), closed_form()) < NEAR
-
-
-@pytest.mark.parametrize(
-    ("advantage_of", "aggregation", "ratio_level", "updates_per_rollout"),
-    [
-        (exact_advantage, "constant", "token", 1),
-        (exact_advantage, "constant", "token", 4),
-        (exact_advantage, "sequence", "token", 1),
-        (exact_advantage, "constant", "sequence", 1),
-        (grouped(group_mean, 2), "constant", "token", 1),
-        (grouped(grpo.group_relative_advantage, 2), "constant", "token", 1),
-        (grouped(grpo.leave_one_out_advantage, 2), "token", "sequence", 1),
-    ],
-    ids=["exact", "four-updates", "sequence-mean", "sequence-ratio", "mean", "std", "others"],
-)
-def test_grpo_with_kl_in_the_reward(advantage_of, aggregation, ratio_level, updates_per_rollout):
-    """pi* gives every sequence the same r - beta * k1, so there every advantage is 0.
-
-    With one prompt and a table for a policy, dividing advantages by the std, or losses by the
-    lengths, therefore moves the way to the optimum, but not the optimum.
-    """
-    loss = functools.partial(
-        grpo_objective,
-        advantage_of=advantage_of,
-        aggregation=aggregation,
-        ratio_level=ratio_level,
-    )
-    assert distance(optimise(loss, updates_per_rollout), closed_form()) < NEAR
-
-
 def test_grpo_at_a_temperature():
-    """Policy and reference are both the tempered ones, as sampled from."""
-    table = optimise(functools.partial(grpo_objective, temperature=0.5))
-    assert distance(table, closed_form(temperature=0.5), temperature=0.5) < NEAR
+    """Policy and reference are both the tempered ones, as sampled from.
+
+    With log-probabilities at 1 in the update, it comes to rest elsewhere.
+    """
+    for changes, reached in (({}, True), ({"update_temperature": 1.0}, False)):
+        table = optimise(grpo_with(temperature=0.5, **changes))
+        found = distance(table, closed_form(temperature=0.5), temperature=0.5)
+        assert found < NEAR if reached else found > FAR
 
 
 def one_step_with_k3(ref, rewards, beta):
@@ -339,30 +332,45 @@ def k3(logprobs, ref_logprobs):
     return jnp.expm1(difference) - difference
 
 
-def test_best_against_worst_has_no_optimum():
-    """Labels without noise: of any two, the better one is to be infinitely more likely."""
-    wrong = np.heaviside(SCORES - SCORES[:, None], 0.5)
-    table = optimise(functools.partial(iterative_dpo_objective, wrong=wrong))
-    assert distance(table, closed_form()) > FAR and has_collapsed(table)
+def k1_in_the_loss(table, sampler):
+    k1 = grpo.compute_kl_divergence(log_policy(table), log_policy(REF)) * MASK
+    mean = jnp.sum(probabilities(log_policy(sampler)) * k1.sum(axis=1))
+    return grpo_objective(table, sampler, kl_in=None) + BETA * mean / 2  # 2 is max_length
 
 
-@pytest.mark.parametrize("loss", [iterative_dpo_objective, ppo_objective, grpo_objective])
-def test_a_reference_that_moves_along_has_no_optimum(loss):
-    table = optimise(functools.partial(loss, ref_moves=True))
+OBJECTIVES = {"dpo": iterative_dpo_objective, "ppo": ppo_objective, "grpo": grpo_objective}
+NO_FIRST_TOKEN, NO_LAST_TOKEN = MASK * [0, 1], np.pad(MASK[:, 1:], ((0, 0), (0, 1)))
+WRONG = {
+    "dpo-of-mean-logprobs": lambda table, _: dpo_objective(dpo.dpo_loss, table, divisor=LENGTHS)
+}
+COLLAPSES = {  # labels without noise: of any two, the better one is to be infinitely more likely
+    "best-against-worst": functools.partial(
+        iterative_dpo_objective, wrong=np.heaviside(SCORES - SCORES[:, None], 0.5)
+    ),
+}
+for name, objective in OBJECTIVES.items():
+    COLLAPSES[f"{name}-reference-moves"] = functools.partial(objective, ref_moves=True)
+    WRONG[f"{name}-no-first-token"] = functools.partial(objective, mask=NO_FIRST_TOKEN)
+    WRONG[f"{name}-no-last-token"] = functools.partial(objective, mask=NO_LAST_TOKEN)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_do_not_reach_it(name):
+    """Masks that are off by one, and DPO divided by the lengths, which are 1 and 2 here."""
+    assert distance(optimise(WRONG[name]), closed_form()) > FAR
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_mistakes_that_have_no_optimum(name):
+    table = optimise(COLLAPSES[name])
     assert distance(table, closed_form()) > FAR and has_collapsed(table)
 
 
 def test_k1_in_the_loss_is_no_penalty_at_all():
     """Its mean gradient is 0: the policy is that of a run without KL."""
-
-    def with_k1(table, sampler):
-        k1 = grpo.compute_kl_divergence(log_policy(table), log_policy(REF)) * MASK
-        mean = jnp.sum(probabilities(log_policy(sampler)) * k1.sum(axis=1))
-        return grpo_objective(table, sampler, kl_in=None) + BETA * mean / 2  # 2 is max_length
-
-    table = optimise(with_k1)
+    table = optimise(k1_in_the_loss)
     assert distance(table, closed_form()) > FAR and has_collapsed(table)
-    without = optimise(functools.partial(grpo_objective, kl_in=None))
+    without = optimise(grpo_with(kl_in=None))
     assert distance(table, probabilities(log_policy(without))) < NEAR
 
 
@@ -372,28 +380,3 @@ def test_k3_in_the_reward_does_not_reach_it(loss):
     table = optimise(functools.partial(loss, penalty=k3))
     assert distance(table, closed_form()) > FAR
     assert probabilities(log_policy(table)).min() < 1e-20
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [MASK * [0, 1], np.pad(MASK[:, 1:], ((0, 0), (0, 1)))],
-    ids=["without-the-first-token", "without-the-last-token"],
-)
-@pytest.mark.parametrize("loss", [iterative_dpo_objective, ppo_objective, grpo_objective])
-def test_a_mask_off_by_one_does_not_reach_it(loss, mask):
-    table = optimise(functools.partial(loss, mask=mask))
-    assert distance(table, closed_form()) > FAR
-
-
-def test_a_temperature_missing_in_the_update_does_not_reach_it():
-    """Sampled at 0.5, with log-probabilities at 1 in the update."""
-    table = optimise(functools.partial(grpo_objective, temperature=0.5, update_temperature=1.0))
-    assert distance(table, closed_form(temperature=0.5), temperature=0.5) > FAR
-
-
-def test_dpo_with_mean_logprobs_does_not_reach_it():
-    """Divided by the lengths, which are 1 and 2 here."""
-    weights = np.outer(EXPLORE, EXPLORE) * PREFERRED
-    loss = functools.partial(pair_objective, dpo.dpo_loss, divisor=LENGTHS)
-    table = optimise(lambda table, _: loss(table, weights))
-    assert distance(table, closed_form()) > FAR

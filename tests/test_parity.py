@@ -71,11 +71,11 @@ def loaded(kind, folder):
     return model.eval()
 
 
-def assert_equal_logits(model, config, params, rows):
+def assert_equal_logits(model, config, params, rows, largest=5):
     """Of a model of transformers and of one here, padded on the right and on the left."""
     for tokens, mask, *positions in (rows, left_padded(*rows)):
         expected = torch_logits(model, tokens, mask, *positions)
-        assert np.abs(expected).max() > 5
+        assert np.abs(expected).max() > largest
         logits = forward(config, params, tokens, mask)
         np.testing.assert_allclose(logits[mask > 0], expected[mask > 0], rtol=0, atol=5e-5)
 
@@ -104,7 +104,7 @@ def test_a_model_saved_here_loads_in_transformers(tmp_path, rows, tied):
     sft.save_model(tmp_path / "m", config, params, TOKENIZER)
     model = loaded(transformers.GPT2LMHeadModel, tmp_path / "m")
     assert model.dtype == torch.float32 and model.config.eos_token_id == EOS_ID
-    assert_equal_logits(model, config, params, rows)
+    assert_equal_logits(model, config, params, rows, largest=4)
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert isinstance(auto, transformers.GPT2LMHeadModel)
 

@@ -6,12 +6,12 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = ROOT / "data"
 sys.path.insert(0, str(DATA))
 
 import reviews
@@ -38,11 +38,6 @@ def facts():
 
 
 @pytest.fixture(scope="module")
-def tokenizer_json():
-    return json.loads((DATA / "reviews" / "tokenizer" / "tokenizer.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def count_tokens():
     tokenizers = pytest.importorskip("tokenizers")
     path = DATA / "reviews" / "tokenizer" / "tokenizer.json"
@@ -51,20 +46,6 @@ def count_tokens():
 
 
 # ---------------------------------------------------------------- files
-
-
-def test_running_it_again_gives_the_committed_bytes(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tokenizers")
-    monkeypatch.setattr(reviews, "FOLDER", tmp_path)
-    reviews.main()
-    committed = sorted(p for p in (DATA / "reviews").rglob("*") if p.is_file())
-    made = sorted(p for p in tmp_path.rglob("*") if p.is_file())
-    assert [p.relative_to(tmp_path) for p in made] == [
-        p.relative_to(DATA / "reviews") for p in committed
-    ]
-    for old, new in zip(committed, made):
-        assert old.read_bytes() == new.read_bytes(), old.name
-    assert sum(p.stat().st_size for p in committed) <= 6_000_000
 
 
 def test_sizes_and_fields(files):
@@ -114,44 +95,21 @@ def test_lengths_in_tokens(files, facts, count_tokens):
 # ---------------------------------------------------------------- vocabulary
 
 
-def test_vocabulary_has_all_bytes_and_two_special_tokens(tokenizer_json, facts):
-    vocab = tokenizer_json["model"]["vocab"]
-    special = {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
+def test_vocabulary_has_two_special_tokens_and_no_gap(facts):
+    """That it is plain byte-level BPE with its ids in merge order, load_tokenizer checks."""
+    file = json.loads((DATA / "reviews" / "tokenizer" / "tokenizer.json").read_text())
+    special = {token["content"]: token["id"] for token in file["added_tokens"]}
     assert special.keys() == {"<|endoftext|>", "<|pad|>"}
-    assert all(token["special"] for token in tokenizer_json["added_tokens"])
-    ids = set(vocab.values()) | set(special.values())
-    assert ids == set(range(facts["vocab_size"])) and facts["vocab_size"] <= 2048
-    # bytes that print stand for themselves, the 68 others for the characters from 256 on (GPT-2)
-    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = {chr(b) for b in printing} | {chr(256 + i) for i in range(256 - len(printing))}
-    assert len(characters) == 256 and characters <= vocab.keys()
+    assert all(token["special"] for token in file["added_tokens"])
+    assert {*file["model"]["vocab"].values(), *special.values()} == set(range(facts["vocab_size"]))
+    assert facts["vocab_size"] <= 2048
 
 
-def test_ids_follow_the_merges(tokenizer_json):
-    vocab, merges = tokenizer_json["model"]["vocab"], tokenizer_json["model"]["merges"]
-    merged = ["".join(m if isinstance(m, list) else m.split(" ")) for m in merges]
-    assert [vocab[token] for token in merged] == list(range(256, 256 + len(merged)))
-
-
-def test_tokenizer_is_plain_byte_level(tokenizer_json, files, count_tokens):
-    assert tokenizer_json["normalizer"] is None
-    assert tokenizer_json["pre_tokenizer"]["type"] == "ByteLevel"
-    assert tokenizer_json["pre_tokenizer"]["add_prefix_space"] is False
-    counts = Counter(
-        w for row in files["sft_test"] for w in reviews.to_words(row["completion"]) if w.isalpha()
-    )
+def test_most_words_are_one_token(files, count_tokens):
+    words = (w for row in files["sft_test"] for w in reviews.to_words(row["completion"]))
+    counts = Counter(word for word in words if word.isalpha())
     whole = sum(n for word, n in counts.items() if count_tokens(" " + word) == 1)
-    assert whole / sum(counts.values()) > 0.95
-
-
-@pytest.mark.parity
-def test_transformers_loads_the_tokenizer(tokenizer_json):
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "reviews" / "tokenizer")
-    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.pad_token == "<|pad|>"
-    assert tokenizer.eos_token_id != tokenizer.pad_token_id
-    text = " the horses were superb. Ünïcode 中\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert whole / counts.total() > 0.95
 
 
 # ---------------------------------------------------------------- facts
@@ -257,6 +215,7 @@ def test_probabilities_of_the_grammar_cut_down():
     assert_inside_is_exact(reviews.normalise(rules), "<review>")
 
 
+@pytest.mark.slow
 def test_log_prob_is_the_frequency_of_samples():
     rng = random.Random(1)
     likely = {
@@ -286,31 +245,19 @@ def test_the_completion_depends_on_genre_and_opening_not_on_the_title():
     assert log_prob("The Quiet Harbor (western). Alas,", text) < here
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "the horses were superb.",
-        " The horses were superb.",
-        " the horses were superb",
-        " the horses was superb.",
-        " the horses were superb. the plot dragged.",
-        " the horses  were superb.",
-        " the horses were superb!",
-        " the horses were superb. It is an good film.",
-        " the horses were superb. It is a original film.",
-        " the horses were superb. i loved it.",
-        " horses.",
-    ],
-)
-def test_what_the_grammar_cannot_make_has_no_probability(text):
-    assert log_prob(PROMPT, text) == -math.inf
+def test_what_the_grammar_cannot_make_has_no_probability():
+    texts = ["", " ", " horses.", "the horses were superb.", " The horses were superb."]
+    texts += [" the horses were superb", " the horses was superb.", " the horses  were superb."]
+    texts += [" the horses were superb!", " the horses were superb. the plot dragged."]
+    texts += [" the horses were superb. It is an good film."]
+    texts += [" the horses were superb. It is a original film."]
+    texts += [" the horses were superb. i loved it."]
+    assert [text for text in texts if log_prob(PROMPT, text) != -math.inf] == []
 
 
 def test_a_and_an():
-    assert log_prob(PROMPT, " the horses were superb. It is an ordinary film.") > -math.inf
-    assert log_prob(PROMPT, " the horses were superb. It is a good film.") > -math.inf
+    for film in ("an ordinary film", "a good film"):
+        assert log_prob(PROMPT, f" the horses were superb. It is {film}.") > -math.inf
 
 
 def test_a_prompt_of_another_kind_is_refused():

@@ -1,6 +1,7 @@
 """Runs of the training scripts: what they leave, and that stopping them changes nothing."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -32,11 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "data" / "reviews"
 SCRIPTS = [sft, reward, ppo, dpo, grpo, iterative_dpo, mixed_precision]
 DATA = {sft: "sft", mixed_precision: "sft", reward: "preferences", dpo: "preferences"}
-names = [script.__name__ for script in SCRIPTS]
 # The checkpoint of sharded.py is a folder, for test_sharded.py, which also says why jax 0.5.0 and
 # its cache of compiled programs are no place for these runs on eight devices.
 ALL = [*SCRIPTS, sharded] if jax.__version_info__ >= (0, 10) else SCRIPTS
-all_names = [script.__name__ for script in ALL]
+LEAF = "['h.0']['mlp']['c_fc']['kernel']"
+
+
+def each_of(*scripts):
+    """The test is run with each of these as `script`."""
+    scripts = [script for script in scripts if script in ALL]
+    return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
 
 
 class Crash(Exception):
@@ -66,16 +72,9 @@ def make_inputs(folder):
         write_jsonl(folder / f"{name}_train.jsonl", first_rows(f"{name}_train", count))
         write_jsonl(folder / f"{name}_test.jsonl", first_rows(f"{name}_test", 12))
     tokenizer = sft.load_tokenizer(REVIEWS / "tokenizer")
-    config = sft.GPT2Config(
-        vocab_size=tokenizer.n_vocab,
-        n_positions=64,
-        n_embd=32,
-        n_layer=1,
-        n_head=2,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eot_token,
-        pad_token_id=tokenizer._special_tokens.get("<|pad|>"),
-    )
+    ids = {"eos_token_id": tokenizer.eot_token, "pad_token_id": tokenizer.eot_token + 1}
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.2}
+    config = sft.GPT2Config(vocab_size=tokenizer.n_vocab, **sizes, **ids)
     one = jnp.ones((1, 1), jnp.int32)
     for seed, (name, model) in enumerate((("lm", sft.GPT2), ("scorer", reward.RewardModel))):
         params = model(config).init(jax.random.key(seed), one, one)["params"]
@@ -89,54 +88,28 @@ def small_args(script, inputs, run_dir, **changes):
     In iterative_dpo.py these are two rounds of three steps.
     """
     kind = DATA.get(script, "prompts")  # those of the others
-    scratch = {
-        "tokenizer": str(inputs / "lm"),
-        "n_layer": 1,
-        "n_head": 2,
-        "n_embd": 32,
-        "n_positions": 64,
-    }
-    grouped = {
-        "model": str(inputs / "lm"),
-        "reward_model": str(inputs / "scorer"),
-        "steps": 6,
-        "num_generations": 2,
-        "max_completion_length": 8,
-    }
+    model = {"model": str(inputs / "lm")}
+    scratch = {"tokenizer": str(inputs / "lm")}
+    scratch |= {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64}
+    sampler = model | {"reward_model": str(inputs / "scorer"), "max_completion_length": 8}
+    grouped = sampler | {"steps": 6, "num_generations": 2}
     common = {
         "dataset": str(inputs / f"{kind}_train.jsonl"),
         "eval_dataset": str(inputs / f"{kind}_test.jsonl"),
         "run_dir": str(run_dir),
-        "warmup_steps": 2,
-        "log_every": 1,
-        "eval_every": 2,
-        "save_every": 3,
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "epochs": 2,
     }
+    common |= {"warmup_steps": 2, "log_every": 1, "eval_every": 2, "save_every": 3}
+    common |= {"batch_size": 8, "micro_batch_size": 4, "epochs": 2}
+    rounds = {"rounds": 2, "prompts_per_round": 24, "epochs": 1, "save_every": 1}
     own = {
         sft: scratch,
         mixed_precision: scratch,
-        reward: {"model": str(inputs / "lm"), "num_generations": 2},
-        ppo: {
-            "model": str(inputs / "lm"),
-            "reward_model": str(inputs / "scorer"),
-            "steps": 6,
-            "max_completion_length": 8,
-        },
-        dpo: {"model": str(inputs / "lm")},
+        reward: model | {"num_generations": 2},
+        ppo: sampler | {"steps": 6},
+        dpo: model,
         grpo: grouped,
         sharded: grouped | {"data": 2, "fsdp": 2, "tensor": 2},  # 4 prompts and 2 heads
-        iterative_dpo: {
-            "model": str(inputs / "lm"),
-            "reward_model": str(inputs / "scorer"),
-            "rounds": 2,
-            "prompts_per_round": 24,
-            "epochs": 1,
-            "save_every": 1,
-            "max_completion_length": 8,
-        },
+        iterative_dpo: sampler | rounds,
     }[script]
     return script.Args(**(common | own | changes))
 
@@ -175,26 +148,53 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+OPTIMIZERS = {script: functools.cache(script.make_optimizer) for script in SCRIPTS}
+
+
+def train(script, inputs, folder, **changes):
+    """The folder of a run, which is folder/run.
+
+    Compiled programs are found by the Args, the folder's name among them, and by the optimizer: so
+    both are the same in one test and the next. --resume serves a run's beginning, too.
+    """
+    args = small_args(script, inputs, "run", **({"resume": True} | changes))
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(script, "make_optimizer", OPTIMIZERS[script])
+        script.main(args)
+    return folder / "run"
+
+
+def train_until(crash, script, inputs, folder, **changes):
+    """The folder of a run that this crash ends."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash(script, patch)
+        train(script, inputs, folder, **changes)
+    assert not (folder / "run" / "model").exists()
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory):
-    """{script: folder of a run that was never stopped}."""
-    folders = {script: tmp_path_factory.mktemp("runs") / script.__name__ for script in ALL}
-    handler = signal.getsignal(signal.SIGINT)
-    for script, folder in folders.items():
-        script.main(small_args(script, inputs, folder))
-    signal.signal(signal.SIGINT, handler)
-    return folders
+    """runs(script) -> the folder of a run that was never stopped."""
+
+    @functools.cache
+    def run(script):
+        return train(script, inputs, tmp_path_factory.mktemp(script.__name__))
+
+    return run
 
 
 # ------------------------------------------------------------------------------ what a run leaves
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=names)
+@each_of(*SCRIPTS)
 def test_a_run_leaves_its_files(script, runs, inputs):
-    run = runs[script]
+    run = runs(script)
     total = 8 if script in (sft, mixed_precision) else 6
     saved = json.loads((run / "args.json").read_text("utf-8"))
-    args = json.loads(json.dumps(vars(small_args(script, inputs, run))))
+    args = json.loads(json.dumps(vars(small_args(script, inputs, "run"))))
     assert saved == {k: v for k, v in args.items() if k not in ("resume", "overwrite")}
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -209,32 +209,31 @@ def test_a_run_leaves_its_files(script, runs, inputs):
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert sorted({sample["step"] for sample in samples}) == evaluated
     assert all(isinstance(sample["prompt"], str) for sample in samples)
-    with safe_open(run / "checkpoint.safetensors", "np") as file:
-        assert file.metadata()["step"] == str(total)
-    assert not list(run.rglob("*.tmp"))
+    if script in (ppo, grpo, iterative_dpo):  # the score has one name in all of them
+        assert all("eval/reward" in rows[step] for step in evaluated)
+        assert all("reward" in row for row in [*rows[1:], *samples])
+    assert not any(name.endswith("scores") for row in rows for name in row)
 
     config, params = script.load_model(run / "model")
     assert ("score" in params) == (script is reward)
     assert config.n_layer == 1 and script.load_tokenizer(run / "model").n_vocab <= config.vocab_size
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=names)
-def test_a_checkpoint_holds_the_state_and_the_model_is_its_parameters(script, runs):
-    _, params = script.load_model(runs[script] / "model")
+    # The checkpoint holds the state; the model is its parameters.
     prefix = ".params['policy']" if script is ppo else ".params"
-    with safe_open(runs[script] / "checkpoint.safetensors", "np") as file:
-        kernel = file.get_tensor(prefix + "['h.0']['mlp']['c_fc']['kernel']")
-        assert any(key.startswith(".opt_state") for key in file.keys())  # noqa: SIM118
-        assert (".kl_coef" in file.keys()) == (script is ppo)  # noqa: SIM118
-        assert not any(key.startswith(".ref_params") for key in file.keys())  # noqa: SIM118
+    with safe_open(run / "checkpoint.safetensors", "np") as file:
+        assert file.metadata()["step"] == str(total)
+        names = list(file.keys())
+        kernel = file.get_tensor(prefix + LEAF)
     assert (kernel == params["h.0"]["mlp"]["c_fc"]["kernel"]).all()
+    assert any(name.startswith(".opt_state") for name in names)
+    assert (".kl_coef" in names) == (script is ppo)
+    assert not any(name.startswith(".ref_params") for name in names)
 
 
-@pytest.mark.parametrize("script", [dpo, iterative_dpo], ids=["dpo", "iterative_dpo"])
+@each_of(dpo, iterative_dpo)
 def test_training_on_pairs_begins_at_ln_2(script, runs):
     """At the reference no answer is preferred: margins of 0, and a loss of ln 2 beside the NLL."""
     weight = script.Args().nll_coef
-    start, first, *_, last = metrics_of(runs[script])
+    start, first, *_, last = metrics_of(runs(script))
     assert first["loss"] - weight * first["nll_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(first["rewards/margins"]) < 1e-4 < abs(last["rewards/margins"])
     assert abs(start["eval/objective/kl"]) < 1e-5
@@ -244,23 +243,45 @@ def test_training_on_pairs_begins_at_ln_2(script, runs):
         assert start["eval/loss"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("script", ALL, ids=all_names)
-def test_one_seed_gives_one_run(script, runs, inputs, tmp_path):
-    script.main(small_args(script, inputs, tmp_path / "same"))
-    assert_same_run(tmp_path / "same", runs[script])
-    script.main(small_args(script, inputs, tmp_path / "other", seed=2))
-    for row, other in zip(metrics_of(tmp_path / "other"), metrics_of(runs[script])):
-        assert row["step"] == other["step"] and (row["step"] == 0 or row != other)
+@each_of(*SCRIPTS)
+def test_another_seed_gives_another_run(script, runs, inputs, tmp_path):
+    """That one seed gives one run is part of test_resumed_equals_never_stopped."""
+    run = train_until(crash_before_the_first_checkpoint, script, inputs, tmp_path, seed=2)
+    _, *rows = zip(metrics_of(run), metrics_of(runs(script)))
+    assert len(rows) == 2
+    for row, other in rows:
+        assert row["step"] == other["step"] and row != other
 
 
 def test_each_step_is_logged_alone(runs, inputs, tmp_path):
     """With log_every 3, a line has the metrics of its own step, not a mean over three."""
-    sft.main(small_args(sft, inputs, tmp_path / "run", log_every=3, eval_every=6))
-    rows = {row["step"]: row for row in metrics_of(runs[sft])}
-    lines = metrics_of(tmp_path / "run")
+    lines = metrics_of(train(sft, inputs, tmp_path, log_every=3, eval_every=6))
     assert [line["step"] for line in lines] == [0, 3, 6, 8]
-    for line in lines:
-        assert {k: v for k, v in rows[line["step"]].items() if k in line} == line
+    rows = metrics_of(runs(sft))
+    assert all(rows[line["step"]].items() >= line.items() for line in lines)
+
+
+@each_of(sft, reward)
+def test_a_model_keeps_what_is_not_of_the_training(script, inputs, tmp_path):
+    """Entries of config.json that are not ours, and the files that generate text or a chat."""
+    source = tmp_path / "source"
+    shutil.copytree(inputs / "lm", source)
+    saved = json.loads((source / "config.json").read_text("utf-8"))
+    ours = {"bos_token_id": 7, "task_specific_params": {"x": [1]}, "n_inner": None}
+    (source / "config.json").write_text(json.dumps(saved | ours), "utf-8")
+    files = {"generation_config.json": '{"top_k": 5}', "chat_template.jinja": "{{ messages }}"}
+    for name, text in files.items():
+        (source / name).write_text(text, "utf-8")
+    config, params = script.load_model(source)
+    folder = source
+    if script is reward:  # which saves from a copy of the tokenizer, with a pad token of its own
+        folder = tmp_path / "tokenizer"
+        params, config = reward.add_pad_token(params, config, source, folder)
+    script.save_model(tmp_path / "model", config, params, folder, reward_gain=2.0)
+    saved = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
+    assert saved.items() >= (ours | {"reward_gain": 2.0, "vocab_size": config.vocab_size}).items()
+    for name, text in files.items():
+        assert (tmp_path / "model" / name).read_text("utf-8") == text
 
 
 # ------------------------------------------------------------------------------ stopped and resumed
@@ -277,163 +298,131 @@ def crash_before_the_first_checkpoint(script, patch):
     patch.setattr(script.RunFolder, "log", crash)
 
 
-def crash_while_writing_a_checkpoint(script, patch):
-    """The second one: half of its file is written."""
-    save_file, calls = script.save_file, itertools.count(1)
-
-    def crash(tensors, path, header):
-        save_file(tensors, path, header)
-        if "step" in header and next(calls) == 2:
-            os.truncate(path, os.path.getsize(path) // 2)
-            raise Crash
-
-    patch.setattr(script, "save_file", crash)
-
-
 def crash_after_a_checkpoint(script, patch):
     """In step 5, whose line in metrics.jsonl is torn; the checkpoint is of step 3."""
     append = script.RunFolder.append
 
     def crash(run, name, row):
         if name == "metrics.jsonl" and row["step"] == 5:
-            run.files[name].write(json.dumps(row)[:-7])
-            run.files[name].flush()
+            with open(run.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row)[:-7])
             raise Crash
         append(run, name, row)
 
     patch.setattr(script.RunFolder, "append", crash)
 
 
-def crash_while_writing_the_model(script, patch):
-    """After the last checkpoint; config.json is written, model.safetensors is not."""
-    save_file = script.save_file
+def crash_while_writing(name):
+    """Half of the file is there, under the name that it has before it is whole."""
 
-    def crash(tensors, path, header):
-        if "step" not in header:
-            raise Crash
-        save_file(tensors, path, header)
+    def set_trap(script, patch):
+        replace = os.replace
 
-    patch.setattr(script, "save_file", crash)
+        def crash(source, target):
+            if Path(target).name == name:
+                os.truncate(source, os.path.getsize(source) // 2)
+                raise Crash
+            replace(source, target)
 
+        patch.setattr(os, "replace", crash)
 
-CRASHES = [  # how, and the step of the checkpoint that it leaves
-    (crash_before_the_first_checkpoint, 0),
-    (crash_while_writing_a_checkpoint, 3),
-    (crash_after_a_checkpoint, 3),
-    (crash_while_writing_the_model, None),
-]
+    return set_trap
 
 
-@pytest.mark.parametrize("crash, step", CRASHES, ids=[c.__name__ for c, _ in CRASHES])
-@pytest.mark.parametrize("script", SCRIPTS, ids=names)
-def test_resumed_equals_never_stopped(script, crash, step, runs, inputs, tmp_path):
-    args = small_args(script, inputs, tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        crash(script, patch)
-        script.main(args)
-    assert not (tmp_path / "run" / "model").exists()
-    resumed_from = []
-    with pytest.MonkeyPatch.context() as patch:
-        start = script.RunFolder.start
+@each_of(*SCRIPTS)
+def test_resumed_equals_never_stopped(script, runs, inputs, tmp_path, monkeypatch):
+    """A run that crashes in four ways comes to the same end: each resume begins where it should."""
+    begun, start = [], script.RunFolder.start
 
-        def watched_start(*rest):
-            resumed_from.append(start(*rest)[1])
-            return start(*rest)
+    def watched_start(*rest):
+        state, step = start(*rest)
+        begun.append(step)
+        return state, step
 
-        patch.setattr(script.RunFolder, "start", watched_start)
-        script.main(dataclasses.replace(args, resume=True))
-    total = 8 if script in (sft, mixed_precision) else 6
-    assert resumed_from == [total if step is None else step]
-    assert_same_run(tmp_path / "run", runs[script])
+    monkeypatch.setattr(script.RunFolder, "start", watched_start)
+    (tmp_path / "run").mkdir()  # an empty folder is as good as none
+    for crash in (
+        crash_before_the_first_checkpoint,
+        crash_after_a_checkpoint,
+        crash_while_writing("checkpoint.safetensors"),  # the second one
+        crash_while_writing("model.safetensors"),  # config.json is written, and the last checkpoint
+    ):
+        train_until(crash, script, inputs, tmp_path)
+    run = train(script, inputs, tmp_path)
+    assert begun == [0, 0, 3, 3, 8 if script in (sft, mixed_precision) else 6]
+    assert_same_run(run, runs(script))
+    assert not list(run.rglob("*.tmp"))
+
+
+def run_and_resume(script, inputs, folder, **changes):
+    """(metrics, checkpoint after a crash in step 5, last checkpoint), with bit-equal resuming."""
+    whole = train(script, inputs, folder / "whole", **changes)
+    run = train_until(crash_after_a_checkpoint, script, inputs, folder, **changes)
+    saved = load_file(run / "checkpoint.safetensors")
+    train(script, inputs, folder, **changes)
+    assert_same_run(run, whole)
+    return metrics_of(run), saved, load_file(run / "checkpoint.safetensors")
 
 
 def test_a_steered_kl_coef_is_resumed(inputs, tmp_path):
     """ppo.py's kl_coef is part of the state, too."""
-    changes = {"kl_target": 0.01, "kl_horizon": 100}
-    ppo.main(small_args(ppo, inputs, tmp_path / "whole", **changes))
-    args = small_args(ppo, inputs, tmp_path / "run", **changes)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        crash_after_a_checkpoint(ppo, patch)
-        ppo.main(args)
-    ppo.main(dataclasses.replace(args, resume=True))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-    rows = metrics_of(tmp_path / "run")[1:]
+    (_, *rows), *_ = run_and_resume(ppo, inputs, tmp_path, kl_target=0.01, kl_horizon=100)
     for row, following in itertools.pairwise(rows):
         error = min(max(row["objective/kl"] / 0.01 - 1, -0.2), 0.2)
         expected = row["objective/kl_coef"] * (1 + error * 8 / 100)
         assert following["objective/kl_coef"] == pytest.approx(expected, rel=1e-5)
-    assert rows[0]["objective/kl_coef"] == pytest.approx(args.kl_coef)
-
-
-def run_and_resume(script, inputs, folder, **changes):
-    """(a run never stopped, one that crashed in step 5 and was resumed, its checkpoint then)."""
-    script.main(small_args(script, inputs, folder / "whole", **changes))
-    args = small_args(script, inputs, folder / "run", **changes)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        crash_after_a_checkpoint(script, patch)
-        script.main(args)
-    saved = load_file(folder / "run" / "checkpoint.safetensors")
-    script.main(dataclasses.replace(args, resume=True))
-    return folder / "whole", folder / "run", saved
+    assert rows[0]["objective/kl_coef"] == pytest.approx(ppo.Args().kl_coef)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_reference_that_moves_is_resumed(share, runs, inputs, tmp_path):
     """grpo.py's reference moves at steps 2, 4 and 6; the run crashes in step 5 and resumes at 3."""
     changes = {"ref_sync_steps": 2, "ref_mixup_alpha": share}
-    whole, run, saved = run_and_resume(grpo, inputs, tmp_path, **changes)
-    assert_same_run(run, whole)
-    leaf = "['h.0']['mlp']['c_fc']['kernel']"
+    rows, saved, last = run_and_resume(grpo, inputs, tmp_path, **changes)
     start = grpo.load_model(inputs / "lm")[1]["h.0"]["mlp"]["c_fc"]["kernel"]
-    params, reference = saved[".params" + leaf], saved[".ref_params" + leaf]
+    params, reference = saved[".params" + LEAF], saved[".ref_params" + LEAF]
     assert (reference != start).any() and (reference != params).any()
-    rows, static = metrics_of(run), metrics_of(runs[grpo])
+    static = metrics_of(runs(grpo))
     assert rows[1] == static[1] and rows[3] != static[3]  # step 3 is the first with another one
-    at_the_end = load_file(run / "checkpoint.safetensors")
-    same = at_the_end[".params" + leaf] == at_the_end[".ref_params" + leaf]
+    same = last[".params" + LEAF] == last[".ref_params" + LEAF]
     assert same.all() == (share == 1)
 
 
 @pytest.mark.parametrize("change", [{"reset_optimizer": True}, {"reference": "previous"}])
 def test_rounds_are_resumed(change, runs, inputs, tmp_path):
     """What iterative_dpo.py does anew in each round, it does in a round that a resume redoes."""
-    whole, run, saved = run_and_resume(iterative_dpo, inputs, tmp_path, **change)
-    assert_same_run(run, whole)
-    rows, plain = metrics_of(run), metrics_of(runs[iterative_dpo])
-    (count,) = {int(x) for name, x in saved.items() if name.endswith(".count")}
-    assert count == 3
+    rows, saved, last = run_and_resume(iterative_dpo, inputs, tmp_path, **change)
+    plain = metrics_of(runs(iterative_dpo))
+    assert {int(x) for name, x in saved.items() if name.endswith(".count")} == {3}
     if "reference" in change:
         assert rows[:4] == plain[:4] and rows[4] != plain[4]  # the first round has the start's
         assert abs(rows[4]["rewards/margins"]) < 1e-4 < abs(plain[4]["rewards/margins"])
     else:
         rates = [row["lr"] for row in rows[1:]]
         assert rates[:3] == rates[3:] and rates[0] < rates[1]
-        at_the_end = load_file(run / "checkpoint.safetensors")
-        assert {int(x) for name, x in at_the_end.items() if name.endswith(".count")} == {3}
+        assert {int(x) for name, x in last.items() if name.endswith(".count")} == {3}
 
 
 def test_ctrl_c_while_a_round_is_sampled(runs, inputs, tmp_path, capsys):
     """The first round of iterative_dpo.py is kept, the second is done again."""
-    args = small_args(iterative_dpo, inputs, tmp_path / "run")
+    rollout, calls = iterative_dpo.rollout, itertools.count(1)
+
+    def interrupted(*rest, **options):
+        if next(calls) == 4:  # after those of step 0, of the first round and of step 2
+            signal.raise_signal(signal.SIGINT)
+        return rollout(*rest, **options)
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        sample, calls = iterative_dpo.sample, itertools.count(1)
-
-        def interrupted(*rest):
-            if next(calls) == 4:  # after those of step 0, of the first round and of step 2
-                signal.raise_signal(signal.SIGINT)
-            return sample(*rest)
-
-        patch.setattr(iterative_dpo, "sample", interrupted)
-        iterative_dpo.main(args)
-    assert stop.value.code == 130 and "step 3," in capsys.readouterr().out
+        patch.setattr(iterative_dpo, "rollout", interrupted)
+        train(iterative_dpo, inputs, tmp_path)
+    assert stop.value.code == 130 and "step 3" in capsys.readouterr().out
     assert metrics_of(tmp_path / "run")[-1]["step"] == 3
-    iterative_dpo.main(dataclasses.replace(args, resume=True))
-    assert_same_run(tmp_path / "run", runs[iterative_dpo])
+    assert_same_run(train(iterative_dpo, inputs, tmp_path), runs(iterative_dpo))
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(happened, process, seconds=60):
     deadline = time.monotonic() + seconds
-    while not path.exists() or not path.stat().st_size:
+    while not happened():
         assert process.poll() is None and time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.002)
 
@@ -441,13 +430,13 @@ def wait_for(path, process, seconds=60):
 def test_ctrl_c_and_kill_9(inputs, tmp_path):
     """A process that is interrupted, resumed, killed and resumed comes to the same end."""
     changes = {"epochs": 50, "save_every": 1, "eval_every": 100}
-    sft.main(small_args(sft, inputs, tmp_path / "whole", **changes))
-    run = tmp_path / "run"
-    args = small_args(sft, inputs, run, **changes)
+    whole = train(sft, inputs, tmp_path, **changes)
+    run = tmp_path / "again"
+    args = small_args(sft, inputs, run, resume=True, **changes)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     process = subprocess.Popen(command(sft, args), **streams)
-    wait_for(run / "checkpoint.safetensors", process)
+    wait_for((run / "checkpoint.safetensors").exists, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     with safe_open(run / "checkpoint.safetensors", "np") as file:
@@ -455,13 +444,14 @@ def test_ctrl_c_and_kill_9(inputs, tmp_path):
     assert process.returncode == 130 and 1 <= step < 200
     assert err == "" and "Traceback" not in out
     last = out.strip().splitlines()[-1]
-    assert f"step {step}," in last and "--resume" in last
+    assert f"step {step}" in last and "--resume" in last
 
-    process = subprocess.Popen(command(sft, dataclasses.replace(args, resume=True)), **streams)
-    lines = len((run / "metrics.jsonl").read_text().splitlines())
-    while len((run / "metrics.jsonl").read_text().splitlines()) <= lines:
-        assert process.poll() is None
-        time.sleep(0.002)
+    def lines():
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+
+    before = lines()
+    process = subprocess.Popen(command(sft, args), **streams)
+    wait_for(lambda: lines() > before, process)
     time.sleep(random.random() / 4)
     process.kill()
     process.communicate(timeout=60)
@@ -469,73 +459,54 @@ def test_ctrl_c_and_kill_9(inputs, tmp_path):
 
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 199, "loss": 2.')
-    sft.main(dataclasses.replace(args, resume=True))
-    assert_same_run(run, tmp_path / "whole")
-
-
-def test_resume_where_nothing_is(runs, inputs, tmp_path):
-    """One command line with --resume serves a run's beginning, too."""
-    sft.main(small_args(sft, inputs, tmp_path / "run", resume=True))
-    assert_same_run(tmp_path / "run", runs[sft])
-
-
-@pytest.mark.parametrize("script", ALL, ids=all_names)
-def test_resuming_a_finished_run_says_so(script, runs, inputs, capsys):
-    before = {path: path.stat().st_mtime_ns for path in runs[script].rglob("*")}
-    with pytest.raises(SystemExit) as stop:
-        script.main(small_args(script, inputs, runs[script], resume=True))
-    out, err = capsys.readouterr()
-    assert stop.value.code == 0 and err == ""
-    assert out.count("\n") == 1 and "finished" in out
-    assert before == {path: path.stat().st_mtime_ns for path in runs[script].rglob("*")}
-
-
-@pytest.mark.parametrize("script", ALL, ids=all_names)
-def test_resuming_with_changed_arguments_names_them(script, runs, inputs, error_line):
-    changes = {"seed": 5, "learning_rate": 1e-5, "resume": True}
-    message = error_line(script.main, small_args(script, inputs, runs[script], **changes))
-    assert "seed" in message and "learning_rate" in message and "batch_size" not in message
+    sft.main(args)
+    assert_same_run(run, whole)
 
 
 # ------------------------------------------------------------------------------ folders
 
 
-@pytest.mark.parametrize("script", ALL, ids=all_names)
-def test_a_folder_with_a_run_names_the_ways_on(script, runs, inputs, error_line):
-    message = error_line(script.main, small_args(script, inputs, runs[script]))
+@each_of(*ALL)
+def test_a_folder_with_a_run(script, inputs, tmp_path, error_line, capsys):
+    """The ways on are named, and what has changed; a finished run says that it is finished."""
+    args = small_args(script, inputs, tmp_path / "run")
+    content = json.dumps(script.RunFolder(args).args)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text(content, "utf-8")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    message = error_line(script.main, args)
     assert all(way in message for way in ("--resume", "--overwrite", "--run-dir"))
-    assert (runs[script] / "model" / "model.safetensors").exists()
+    args = dataclasses.replace(args, resume=True)
+    message = error_line(script.main, dataclasses.replace(args, seed=5, learning_rate=1e-5))
+    assert "seed" in message and "learning_rate" in message and "batch_size" not in message
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and err == ""
+    assert out.count("\n") == 1 and "finished" in out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("script", ALL, ids=all_names)
-def test_a_folder_that_is_no_run_is_refused(script, overwrite, inputs, tmp_path, error_line):
+@each_of(*ALL)
+def test_a_folder_that_is_no_run_is_refused(script, inputs, tmp_path, error_line):
     (tmp_path / "thesis.tex").write_text("years of work")
-    message = error_line(script.main, small_args(script, inputs, tmp_path, overwrite=overwrite))
-    assert str(tmp_path) in message and "--run-dir" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    for overwrite in (False, True):
+        message = error_line(script.main, small_args(script, inputs, tmp_path, overwrite=overwrite))
+        assert str(tmp_path) in message and "--run-dir" in message
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_empty_folder_is_as_good_as_none(runs, inputs, tmp_path):
-    sft.main(small_args(sft, inputs, tmp_path))
-    assert_same_run(tmp_path, runs[sft])
-
-
-def test_overwrite_replaces_a_run(runs, inputs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs[sft], run)
-    (run / "old.txt").write_text("of the run before")
-    sft.main(small_args(sft, inputs, run, overwrite=True))
-    assert not (run / "old.txt").exists() and len(list(run.glob("events.out.*"))) == 1
-    assert_same_run(run, runs[sft])
-
-
-def test_overwrite_waits_until_the_inputs_are_good(runs, inputs, tmp_path, error_line):
+def test_overwrite_replaces_a_run_once_the_inputs_are_good(runs, inputs, tmp_path, error_line):
     """A mistyped data file must not cost the run that was there."""
     run = tmp_path / "run"
-    shutil.copytree(runs[sft], run)
+    shutil.copytree(runs(sft), run)
+    (run / "old.txt").write_text("of the run before")
     error_line(sft.main, small_args(sft, inputs, run, overwrite=True, dataset="absent.jsonl"))
-    assert_same_run(run, runs[sft])
+    assert_same_run(run, runs(sft))
+    assert (run / "old.txt").exists()
+    train(sft, inputs, tmp_path, overwrite=True, resume=False)
+    assert not (run / "old.txt").exists() and len(list(run.glob("events.out.*"))) == 1
+    assert_same_run(run, runs(sft))
 
 
 def input_in_run(inputs, run, script, name):
@@ -551,37 +522,29 @@ def input_in_run(inputs, run, script, name):
     return {name: (f"{run}/f.py:f",) if name == "reward" else f"{run}/f.py:f"}
 
 
-INPUTS = [
-    (sft, "model"),
-    (sft, "tokenizer"),
-    (sft, "eval_dataset"),
-    (reward, "model"),
-    (reward, "dataset"),
-    (ppo, "reward_model"),
-    (ppo, "reward"),
-    (ppo, "gold"),
-    (dpo, "model"),
-    (dpo, "dataset"),
-    (dpo, "gold"),
-    (grpo, "reward_model"),
-    (grpo, "reward"),
-    (iterative_dpo, "model"),
-    (iterative_dpo, "reward"),
-    (iterative_dpo, "eval_dataset"),
-    (sharded, "reward_model"),
-]
+INPUTS = {
+    sft: ["model", "tokenizer", "eval_dataset"],
+    reward: ["model", "dataset"],
+    ppo: ["reward_model", "reward", "gold"],
+    dpo: ["model", "dataset", "gold"],
+    grpo: ["reward_model", "reward"],
+    iterative_dpo: ["model", "reward", "eval_dataset"],
+    sharded: ["reward_model"],
+}
 
 
-@pytest.mark.parametrize("script, name", INPUTS, ids=[f"{s.__name__}-{n}" for s, n in INPUTS])
-def test_overwrite_never_removes_an_input(script, name, inputs, tmp_path, error_line):
-    run = tmp_path / "run"
-    run.mkdir()
-    changes = input_in_run(inputs, run, script, name)
-    message = error_line(script.main, small_args(script, inputs, run, overwrite=True, **changes))
-    assert "--overwrite" in message and len(list(run.iterdir())) == 2
+@each_of(*INPUTS)
+def test_overwrite_never_removes_an_input(script, inputs, tmp_path, error_line):
+    for name in INPUTS[script]:
+        run = tmp_path / name
+        run.mkdir()
+        changes = input_in_run(inputs, run, script, name)
+        args = small_args(script, inputs, run, overwrite=True, **changes)
+        assert "--overwrite" in error_line(script.main, args)
+        assert len(list(run.iterdir())) == 2
 
 
-@pytest.mark.parametrize("script", [ppo, grpo, iterative_dpo, sharded], ids=lambda x: x.__name__)
+@each_of(ppo, grpo, iterative_dpo, sharded)
 def test_overwrite_never_removes_a_default_input(script, inputs, tmp_path, monkeypatch, error_line):
     """Without --reward-model these read runs/reward/model, so runs/reward must stay."""
     monkeypatch.chdir(tmp_path)
