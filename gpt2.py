@@ -340,9 +340,8 @@ def find_model(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    script = f"{folder.parent.name}.py"
-    ours = folder.parts[0] == "runs" and Path(script).is_file()
-    check(not ours, f"no model at {name}: run `python {script}` first")
+    first = f"run `python {folder.parent.name}.py` first, or pass another folder"
+    check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which

@@ -467,7 +467,8 @@ def main(args):
     fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
     check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
     size = args.batch_size // args.num_generations
-    check(size <= len(prompts), f"a step has {size} prompts, the data {len(prompts)}")
+    fewer = f"a step takes {size} prompts (--batch-size / --num-generations)"
+    check(size <= len(prompts), f"{fewer}, --dataset has {len(prompts)}")
 
     batches = prompt_batches(len(prompts), size, args.steps, args.seed)
     updates_per_step = args.epochs * args.num_minibatches
@@ -769,9 +770,8 @@ def find_model(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    script = f"{folder.parent.name}.py"
-    ours = folder.parts[0] == "runs" and Path(script).is_file()
-    check(not ours, f"no model at {name}: run `python {script}` first")
+    first = f"run `python {folder.parent.name}.py` first, or pass another folder"
+    check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which

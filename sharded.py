@@ -569,7 +569,8 @@ def main(args):
     fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
     check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
     size = args.batch_size // args.num_generations
-    check(size <= len(prompts), f"a step has {size} prompts, the data {len(prompts)}")
+    fewer = f"a step takes {size} prompts (--batch-size / --num-generations)"
+    check(size <= len(prompts), f"{fewer}, --dataset has {len(prompts)}")
 
     mesh = make_mesh(args.data, args.fsdp, args.tensor)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -895,9 +896,8 @@ def find_model(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    script = f"{folder.parent.name}.py"
-    ours = folder.parts[0] == "runs" and Path(script).is_file()
-    check(not ours, f"no model at {name}: run `python {script}` first")
+    first = f"run `python {folder.parent.name}.py` first, or pass another folder"
+    check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
