@@ -440,6 +440,7 @@ def test_sampling_gathers_each_weight_before_the_loop(shape, vocab_size):
     weights, logits = gathered_under_fsdp(shape, vocab_size), Counter()
     if shape[2] > 1:  # a row of logits is whole where a token is drawn
         logits[("all-gather", (rows, filled_up(vocab_size, shape[2])))] = 1
+        logits[("all-gather", (rows, shape[2]))] = 2  # each device's first above, and whether
     assert sent(sample, "all-gather") == weights + weights + logits
     loops = [line for line in sample.as_text().splitlines() if " while(" in line]
     carried = [re.findall(r"f32\[([\d,]+)\]", line.split(" while(")[0]) for line in loops]
