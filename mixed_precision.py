@@ -50,9 +50,7 @@ class Args:
     weight_decay: float = 0.1  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     max_prompt_length: int = 16  # tokens; a row with a longer prompt is dropped
-    max_completion_length: int = (
-        48  # tokens, EOS included; a row with a longer completion is dropped
-    )
+    max_completion_length: int = 48  # tokens, EOS included; a row with a longer one is dropped
     train_on_prompt: bool = False  # let the prompt's tokens count in the loss, too
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     temperature: float = 1.0  # of the samples that are shown

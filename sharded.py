@@ -249,6 +249,10 @@ RULES = {
 
 def join_processes(coordinator, num_processes, process_id):
     """Makes this process one of many, before it touches a device; when one dies, JAX ends all."""
+    if coordinator is None:
+        alone = num_processes is None and process_id is None
+        check(alone, "--num-processes and --process-id need --coordinator")
+        return
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     address = (None if coordinator == "auto" else coordinator, num_processes, process_id)
     limits = {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 20}
@@ -302,6 +306,27 @@ def gather_weights(params, mesh):
     for changes in ({}, {"without": "fsdp"}, {"without": "fsdp", "even": False}):
         params = jax.lax.with_sharding_constraint(params, shardings(params, mesh, **changes))
     return params
+
+
+def check_splits(mesh, what, count, parts):
+    """Fails where so many of something cannot be split into equal parts."""
+    check(count % parts == 0, f"{dict(mesh.shape)} cannot split the {count} {what} by {parts}")
+
+
+def state_on_mesh(params, optimizer, ref_moves, mesh):
+    """make_state, of which each device holds its part from the beginning."""
+    new_state = functools.partial(make_state, optimizer=optimizer, ref_moves=ref_moves)
+    parts = shardings(jax.eval_shape(new_state, params), mesh)
+    return jax.jit(new_state, out_shardings=parts)(params)
+
+
+def rewards_on_mesh(rewards, mesh):
+    """Rewards whose learned reward is split along tensor; whole along fsdp: it is only read."""
+    if not rewards.learned:
+        return rewards
+    config, params = rewards.learned
+    params = jax.tree.map(put, params, shardings(params, mesh, without="fsdp"))
+    return rewards._replace(learned=(config, params))
 
 
 def call_reward_in_parts(function, rows, texts):
@@ -538,10 +563,7 @@ def make_experience(sampled, scores, args):
 
 
 def main(args):
-    if args.coordinator:
-        join_processes(args.coordinator, args.num_processes, args.process_id)
-    joined = args.coordinator or (args.num_processes, args.process_id) == (None, None)
-    check(joined, "--num-processes and --process-id need --coordinator")
+    join_processes(args.coordinator, args.num_processes, args.process_id)
     if not args.reward_model and not args.reward:
         args = dataclasses.replace(args, reward_model="runs/reward/model")
     check_ranges(args)
@@ -574,12 +596,9 @@ def main(args):
 
     mesh = make_mesh(args.data, args.fsdp, args.tensor)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for count, among, what in (
-        (size, parts, "prompts of a step (--batch-size / --num-generations)"),
-        (args.micro_batch_size, parts, "sequences of --micro-batch-size"),
-        (config.n_head, mesh.shape["tensor"], "heads of the model"),
-    ):
-        check(count % among == 0, f"{dict(mesh.shape)} cannot split the {count} {what} by {among}")
+    check_splits(mesh, "prompts of a step (--batch-size / --num-generations)", size, parts)
+    check_splits(mesh, "sequences of --micro-batch-size", args.micro_batch_size, parts)
+    check_splits(mesh, "heads of the model", config.n_head, mesh.shape["tensor"])
     eval_prompts = eval_prompts[: min(256, len(eval_prompts)) // parts * parts]
     check(eval_prompts, f"fewer than {parts} held-out prompts do not split into as many parts")
 
@@ -587,14 +606,8 @@ def main(args):
     updates_per_step = args.epochs * args.num_minibatches
     optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
     ref_params = jax.tree.map(put, ref_params, shardings(ref_params, mesh))
-    if rewards.learned:  # whole along fsdp: it is only read
-        learned_config, params = rewards.learned
-        params = jax.tree.map(put, params, shardings(params, mesh, without="fsdp"))
-        rewards = rewards._replace(learned=(learned_config, params))
-    ref_moves = args.ref_sync_steps is not None
-    new_state = functools.partial(make_state, optimizer=optimizer, ref_moves=ref_moves)
-    state_shardings = shardings(jax.eval_shape(new_state, ref_params), mesh)
-    state = jax.jit(new_state, out_shardings=state_shardings)(ref_params)
+    rewards = rewards_on_mesh(rewards, mesh)
+    state = state_on_mesh(ref_params, optimizer, args.ref_sync_steps is not None, mesh)
     state, start = run.start(state, args.steps)
 
     # Every process runs all that follows: where one left out a jitted call, the others would hang.
@@ -603,8 +616,7 @@ def main(args):
         reference = ref_params if state.ref_params is None else state.ref_params
         models = (state.params, reference, config, tokenizer)
         key = stream_key(args.seed, stream, step)
-        options = {"num_samples": num_samples, "key": key, "args": args, "mesh": mesh}
-        sampled, rows, texts = rollout(*models, asked, **options)
+        sampled, rows, texts = rollout(*models, asked, num_samples, key=key, args=args, mesh=mesh)
         scores = score(sampled, rows, texts, rewards, args.missing_eos_penalty)
         return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
