@@ -565,7 +565,7 @@ def runs(inputs, tmp_path_factory):
 
 def assert_complete(run):
     """A finished run's files, and of its checkpoints only the last."""
-    names = sorted(re.sub(r"^(events\.out)\..*", r"\1", path.name) for path in run.iterdir())
+    names = sorted({re.sub(r"^(events\.out)\..*", r"\1", path.name) for path in run.iterdir()})
     files = ["args.json", "checkpoint", "events.out", "metrics.jsonl", "model", "samples.jsonl"]
     assert names == files and checkpoints(run) == ["6"]
 
