@@ -768,19 +768,24 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, cache, column):
-        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], (keys, values))."""
+        """x [B * T, D], visible [B, T, S], cache as in Block -> (y [B * T, D], new cache)."""
         (B, T, _), D, H = visible.shape, x.shape[-1], self.config.n_head
         # c_attn's kernel is held as [D, 3, H, D/H], so that heads can be sharded.
         qkv = dense(self.config, (3, H, D // H), "c_attn")(x).reshape(B, T, 3, H, D // H)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, H, T, D/H] each
-        if cache is not None:  # [B, H, S, D/H] each, of which T columns are new
-            k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, column, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, column, 0))
-        attention = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, D/H] each
+        if (
+            cache is not None
+        ):  # with heads first, so that the small products of decoding copy nothing
+            place = (0, 0, column, 0)
+            keys = jax.lax.dynamic_update_slice(cache[0], k.swapaxes(1, 2), place)
+            values = jax.lax.dynamic_update_slice(cache[1], v.swapaxes(1, 2), place)
+            cache = (keys, values)
+            k, v = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, S, H, D/H] each
+        attention = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
         attention = jnp.where(visible[:, None], attention * (D // H) ** -0.5, -1e9)
         attention = jax.nn.softmax(attention).astype(v.dtype)  # [B, H, T, S]
-        y = jnp.einsum("bhts,bhsd->bthd", attention, v).reshape(x.shape)
-        return dense(self.config, D, "c_proj", residual=True)(y), (k, v)
+        y = jnp.einsum("bhts,bshd->bthd", attention, v).reshape(x.shape)
+        return dense(self.config, D, "c_proj", residual=True)(y), cache
 
 
 class MLP(nn.Module):
