@@ -26,7 +26,7 @@ while its gradient does not: a group's advantages sum to 0.
     python grpo.py      # runs/sft/model, runs/reward/model, embedded prompts
     python grpo.py --model gpt2 --dataset prompts.jsonl --reward rewards.py:f
 
-With the defaults it takes about 60 s on two CPU cores; results: README.md.
+With the defaults it takes about 80 s on two CPU cores; results: README.md.
 Compare: diff ppo.py grpo.py.
 """
 

@@ -18,7 +18,7 @@ another, sharper optimum.
     python iterative_dpo.py --model gpt2 --dataset my.jsonl --reward r.py:f
 
 Data is JSON Lines: {"prompt"} and any columns that a reward function wants.
-With the defaults it takes about 90 s on two CPU cores; results: README.md.
+With the defaults it takes about 150 s on two CPU cores; results: README.md.
 Compare: diff dpo.py iterative_dpo.py.
 """
 

@@ -1,10 +1,9 @@
 """Supervised fine-tuning in half precision: sft.py in float16 or bfloat16.
 
 Micikevicius et al. 2018, "Mixed precision training": products are in half
-precision; weights and optimizer stay in float32, where updates below
-1/4096 of a weight are not lost. float16 rounds gradients below 3e-8 to 0, so
-the loss is multiplied by a scale, and the gradients divided by it; on overflow
-the step is skipped, the scale halved. Figures: benchmarks/mixed_precision.py.
+precision; weights and optimizer stay in float32. float16 rounds gradients
+below 3e-8 to 0, so the loss is multiplied by a scale, the gradients divided by
+it; an overflow skips the step. Figures: benchmarks/mixed_precision.py.
 
 The first stage of Ouyang et al. 2022, "Training language models to follow
 instructions with human feedback" (section 3.5): maximum likelihood of the
@@ -16,7 +15,7 @@ completion, given the prompt; from a folder, or from scratch.
 
 Data is JSON Lines: {"prompt", "completion"}, or {"text"} for plain language
 modelling. The model learns the completion's tokens and the EOS after them, not
-the prompt. With the defaults it takes about 60 s on two CPU cores; results:
+the prompt. The defaults take one to two minutes on two CPU cores; results:
 README.md. Compare: diff sft.py mixed_precision.py.
 """
 

@@ -13,8 +13,8 @@ warm-up, gradient clipping and two minibatches.
 Each step: (1) sample a completion to each prompt, (2) score it, (3) take off
 the KL penalty, (4) turn rewards into advantages with a critic and GAE, (5) go
 over the batch `epochs` times. Prompts are JSON Lines, {"prompt"} and any
-columns that a reward function wants. With the defaults it takes about 75 s on
-two CPU cores; results: README.md. Compare: diff reward.py ppo.py.
+columns that a reward function wants. With the defaults it takes about two
+minutes on two CPU cores; results: README.md. Compare: diff reward.py ppo.py.
 """
 
 import sys

@@ -10,7 +10,7 @@ completion, given the prompt; from a folder, or from scratch.
 
 Data is JSON Lines: {"prompt", "completion"}, or {"text"} for plain language
 modelling. The model learns the completion's tokens and the EOS after them, not
-the prompt. With the defaults it takes about 60 s on two CPU cores; results:
+the prompt. The defaults take one to two minutes on two CPU cores; results:
 README.md. Next: diff sft.py reward.py.
 """
 
