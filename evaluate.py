@@ -212,7 +212,7 @@ class Samples(NamedTuple):
     ended: np.ndarray  # with EOS, not by --max-completion-length
 
 
-def describe(samples, kl_coef):
+def describe_policy(samples, kl_coef):
     """A policy's figures: {name: (mean, standard error) or number}."""
     means = {name: getattr(samples, name) for name in ("reward", "gold", "kl")}
     if kl_coef is not None:
@@ -459,7 +459,7 @@ def main(args):
             share_drawn.append(measure(config, params, args.frontier_prompts, samples, "shares"))
 
     report = {"args": vars(args)}
-    figures = [{"policy": n} | describe(x, args.kl_coef) for n, x in zip(names, drawn)]
+    figures = [{"policy": n} | describe_policy(x, args.kl_coef) for n, x in zip(names, drawn)]
     for row, samples in zip(figures, drawn):
         share = share_grammatical(gold, prompts[: args.num_prompts], samples.texts)
         row |= {} if share is None else {"grammatical": share}
