@@ -299,7 +299,8 @@ def describe_sft(ref, dataset):
     run, facts = Path(ref).parent, Path(dataset).with_name("facts.json")
     if not all(path.exists() for path in (run / "metrics.jsonl", run / "args.json", facts)):
         return {}
-    used = Path(json.loads((run / "args.json").read_text())["eval_dataset"])
+    flags = ppo.read_json(run / "args.json")
+    used = Path(flags["eval_dataset"] or flags["dataset"].replace("train", "test"))
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
     if not losses or used.resolve() != facts.with_name("sft_test.jsonl").resolve():
@@ -394,6 +395,9 @@ def main(args):
         fail("--plot draws the frontier, too: leave --no-frontier out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install matplotlib")
+    for place in filter(None, (args.output, args.plot)):
+        with ppo.file_access(place):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
     gold = ppo.load_gold(args.gold, args.dataset)
     if not gold and not args.reward_model:
         fail("nothing to measure: give --reward-model or --gold")
@@ -413,7 +417,7 @@ def main(args):
     reward_config, reward_params = load(args.reward_model) if args.reward_model else (None, {})
     if args.reward_model and "score" not in reward_params:
         fail(f"{args.reward_model} is not a reward model: it has no score.weight")
-    eos_id = tokenizer.eot_token if ref_config.eos_token_id is None else ref_config.eos_token_id
+    eos_id = ppo.end_token(ref_config, tokenizer)
     rows = ppo.read_jsonl(args.dataset, ["prompt"])
     rows = ppo.encode_rows(rows, [], tokenizer, eos_id, args)  # [(row, [token ids])]
     prompts = [row["prompt"] for row, _ in rows]

@@ -41,9 +41,12 @@ class Args:
 # because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
     args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
+    sys.stdout.reconfigure(errors="replace")  # a console need not know every character
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -93,23 +96,20 @@ def perplexity(params, config, ids, batch_size):
 
 
 def main(args):
-    counts = (args.num_samples, args.max_completion_length, args.batch_size)
-    check(min(counts) > 0, "--num-samples, --max-completion-length, --batch-size: at least 1")
-    check(args.temperature >= 0, "--temperature must not be negative")
-    check(args.top_k >= 0 and 0 < args.top_p <= 1, "--top-k: 0 or more; --top-p: above 0, up to 1")
+    check_flags(args)
     check(args.prompt or args.text, 'nothing to do: pass --prompt "…" or --text FILE')
     check(args.dtype != "bfloat16" or jax.default_backend() != "METAL", "Metal has no bfloat16")
     config, params = load_model(args.model)
     check("score" not in params, f"{args.model} is a reward model, not a language model")
     tokenizer = load_tokenizer(args.model)
-    eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
+    eos_id = end_token(config, tokenizer)
     config = dataclasses.replace(config, eos_token_id=eos_id, dtype=args.dtype)
     ids, rows = tokenizer.max_token_value + 1, config.vocab_size
     check(ids <= rows, f"the tokenizer has {ids} ids, the model only {rows} tokens")
     if args.text:
-        path = Path(args.text)
-        check(path.is_file() and path.stat().st_size, f"no text in {path}: --text takes a file")
-        ids = tokenizer.encode_ordinary(path.read_text("utf-8"))
+        with file_access(args.text):
+            ids = tokenizer.encode_ordinary(Path(args.text).read_text("utf-8-sig"))
+        check(ids, f"{args.text} is empty: --text takes a file with a text")
         loss = perplexity(params, config, ids, args.batch_size)
         print(f"{args.text}: {len(ids)} tokens, {loss:.4f} nats, perplexity {np.exp(loss):.2f}")
     if args.prompt:
@@ -141,7 +141,7 @@ def main(args):
 # The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
 # ==================================================================================================
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,21 @@ def dense(config, features, name, residual=False):
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-# ---------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def draw_token(key, logits, size=256):
+    """A sample of softmax(logits) in each row: [N, V] -> [N].
+
+    First a block of `size` tokens, then one of its tokens, both by Gumbel noise: that takes fewer
+    random numbers than noise for all V, and reaches the tail, as a cumulative sum does not.
+    """
+    blocks = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
+    blocks = blocks.reshape(len(logits), -1, size)  # [N, V / size, size]
+    block_key, token_key = jax.random.split(key)
+    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))  # [N]
+    drawn = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [N, size]
+    return block * size + jax.random.categorical(token_key, drawn)
 
 
 @functools.partial(
@@ -314,12 +328,7 @@ def generate(
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / (temperature or 1.0)  # [N, V]
         kept = filter_logits(logits) if filter_logits else logits
-        # By the inverse of the distribution function: one random number a row, not V.
-        cumulative = jnp.cumsum(jax.nn.softmax(kept), axis=-1)  # [N, V]
-        cumulative = jnp.where(kept > -jnp.inf, cumulative, 0.0)  # rounding must not revive
-        uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
-        threshold = uniform * cumulative.max(axis=-1, keepdims=True)
-        token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
+        token = draw_token(jax.random.fold_in(key, step), kept)  # [N]
         if temperature == 0:
             token = jnp.argmax(kept, axis=-1)
         token = jnp.where(ended, 0, token)
@@ -334,7 +343,7 @@ def generate(
     return tokens, mask, logprobs
 
 
-# ------------------------------------------------------------------------------------ model folder
+# ------------------------------------------------------------------------------------- model folder
 
 # What a model folder takes over from the one that it came from.
 KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
@@ -348,9 +357,9 @@ def find_model(name):
     first = f"run `python {folder.parent.name}.py` first, or pass another folder"
     check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "*.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
-        fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
+        fail(f"no folder {name}, and not from the hub: {' '.join(str(error).split())[:200]}")
 
 
 def hf_name_and_shape(path, shape):
@@ -361,9 +370,8 @@ def hf_name_and_shape(path, shape):
     return name, shape[::-1] if "score" in path else shape
 
 
-def load_model(folder):
-    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
-    folder = find_model(folder)
+def load_config(folder):
+    """The GPT2Config of a model folder; fails on what this GPT-2 does not implement."""
     saved = {"model_type": None} | read_json(folder / "config.json")
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True}
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -371,12 +379,33 @@ def load_model(folder):
         found = saved.get(name, value)
         check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
     names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
-    config = GPT2Config(**{name: saved[name] for name in names & saved.keys()})
+    sizes = {name: saved.get(name) for name in names if type(getattr(GPT2Config, name)) is int}
+    right = all(type(size) is int and size > 0 for size in sizes.values())
+    right = right and sizes["n_embd"] % sizes["n_head"] == 0
+    check(right, f"{folder}/config.json: no model has the sizes {sizes}")
+    eos_id = saved.get("eos_token_id")
+    if isinstance(eos_id, list) and len(eos_id) == 1:
+        saved["eos_token_id"] = eos_id = eos_id[0]
+    right = eos_id in (None, *range(saved["vocab_size"]))
+    check(right, f"{folder}/config.json: eos_token_id {eos_id} is not one id of the vocabulary")
+    return GPT2Config(**{name: saved[name] for name in names & saved.keys()})
 
-    file = folder / "model.safetensors"
-    check(file.exists(), f"{folder} has no model.safetensors: save it anew with transformers 5")
-    tensors = safetensors.flax.load_file(file)
-    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+
+def load_model(name):
+    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
+    folder = find_model(name)
+    config = load_config(folder)
+    files = sorted(folder.glob("model*.safetensors"))  # large models come in several
+    convert = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({str(name)!r})"
+    check(files, f"{folder} has no safetensors: python -c \"{convert}.save_pretrained('FOLDER')\"")
+    tensors = {}
+    for file in files:
+        with file_access(file):
+            tensors |= safetensors.flax.load_file(file)
+    tensors = {key.removeprefix("transformer."): x for key, x in tensors.items()}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        same = np.array_equal(tensors["lm_head.weight"], tensors.get("wte.weight"))
+        check(same, f"{folder}: lm_head is not wte, so tie_word_embeddings should be false")
     one = jnp.zeros((1, 1), jnp.int32)
     likes = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
     if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
@@ -384,14 +413,15 @@ def load_model(folder):
         likes["score", "kernel"] = jnp.zeros((config.n_embd, 1))
     params = {}
     for path, like in likes.items():
-        name, shape = hf_name_and_shape(path, like.shape)
-        found = tensors[name].shape if name in tensors else "missing"
-        check(found == shape, f"{file}: {name} should have shape {shape}, but is {found}")
-        params[path] = tensors[name].astype(jnp.float32).reshape(like.shape)
+        key, shape = hf_name_and_shape(path, like.shape)
+        found = tensors[key].shape if key in tensors else "missing"
+        check(found == shape, f"{folder}: {key} should have shape {shape}, but is {found}")
+        params[path] = tensors[key].astype(jnp.float32).reshape(like.shape)
+        check(jnp.isfinite(params[path]).all(), f"{folder}: {key} has values that are not finite")
     return config, unflatten_dict(params)
 
 
-# ------------------------------------------------------------------------------ tokenizer and data
+# ------------------------------------------------------------------------------- tokenizer and data
 
 
 def load_tokenizer(folder):
@@ -399,17 +429,25 @@ def load_tokenizer(folder):
     folder = find_model(folder)
     if (folder / "tokenizer.json").exists():
         saved = read_json(folder / "tokenizer.json")
-        model, split = saved["model"], saved.get("pre_tokenizer") or {}
-        byte_level = model.get("type", "BPE") == "BPE" and split.get("type") == "ByteLevel"
-        usual = split.get("use_regex", True) and not split.get("add_prefix_space")
-        usual = byte_level and usual and not saved.get("normalizer")
-        check(usual, f"{folder}: only byte-level BPE, no normalizer, no prefix space")
-        vocabulary, merges = model["vocab"], model["merges"]
-        added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+        with file_access(folder / "tokenizer.json"):
+            model, split = saved["model"], saved["pre_tokenizer"]
+            after = saved.get("post_processor") or split
+            usual = (model["type"], split["type"], after["type"]) == (
+                "BPE",
+                "ByteLevel",
+                "ByteLevel",
+            )
+            unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
+            unusual += [model.get("end_of_word_suffix"), not split.get("use_regex", True)]
+            plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
+            check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
+            vocabulary, merges = model["vocab"], model["merges"]
+            added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
     else:
         vocabulary, added = read_json(folder / "vocab.json"), {}
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+        with file_access(folder / "merges.txt"):
+            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+            merges = [line for line in lines[lines[0].startswith("#version") :] if line]
     # The files write each byte as a printable character: itself, or one of those from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -421,11 +459,30 @@ def load_tokenizer(folder):
     check(not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
     ids = [vocabulary[token] for token in plain]
     check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
+    for left, right in pairs:  # it joins any two parts that make a token, the lowest id first
+        parts = [*left, *right]
+        while len(parts) > 2:
+            joined = [vocabulary.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            i = joined.index(min(joined))
+            parts[i : i + 2] = ["".join(parts[i : i + 2])]
+        check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} as merged")
     ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
     special = {token: i for token, i in vocabulary.items() if token not in plain} | added
     # The pattern is GPT-2's: where to cut a text before the merges begin.
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     return tiktoken.Encoding("BPE", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def token_ids(tokenizer):
+    """{bytes: id} of all but special tokens: equal for tokenizers that read every text alike."""
+    return {x: tokenizer.encode_single_token(x) for x in tokenizer.token_byte_values()}
+
+
+def end_token(config, tokenizer):
+    """The id of EOS: that of config.json, else that of <|endoftext|>."""
+    known = config.eos_token_id is not None or "<|endoftext|>" in tokenizer.special_tokens_set
+    check(known, "the model has no end of text: put its id into config.json as eos_token_id")
+    return tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
 
 
 def pad_rows(rows, width, left=False):
@@ -441,12 +498,13 @@ def pad_rows(rows, width, left=False):
 def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
     """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
     tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
-    # Some models have more rows in wte than there are tokens; such an id is no text.
-    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
+    # As in TRL, special tokens are no text; nor is an id that belongs to no token, of which a model
+    # may have some.
+    keep = (mask > 0) & (tokens != eos_id) & np.isin(tokens, list(token_ids(tokenizer).values()))
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
 
 
-# -------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 
 
 def fail(message):
@@ -461,12 +519,43 @@ def check(condition, message):
         fail(message)
 
 
-def read_json(path):
-    """What a JSON file holds; fails where it is missing or broken."""
+@contextlib.contextmanager
+def file_access(place, advice=""):
+    """Whatever goes wrong with a file ends the script with its name and the reason."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"cannot read {path}: {error}")
+        yield
+    except Exception as error:  # missing, cut short, not JSON, not UTF-8, no space on the disk, …
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{place}: {type(error).__name__}: {reason}{advice}")
+
+
+def read_json(path):
+    """The object in a JSON file; fails where it is missing or broken."""
+    with file_access(path):
+        found = json.loads(path.read_text("utf-8-sig"))
+    check(isinstance(found, dict), f"{path} holds no JSON object")
+    return found
+
+
+# Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
+RANGES = {"seed": (0, 2**31 - 1), "reward_weight": (-math.inf, math.inf)}
+RANGES |= dict.fromkeys(["warmup_steps", "process_id"], (0, math.inf))
+RANGES |= dict.fromkeys(["data", "fsdp", "tensor"], (-1, math.inf))
+RANGES |= dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf))
+RANGES |= dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1))
+RANGES |= dict.fromkeys(["gamma", "lam"], (0, 1))
+
+
+def check_flags(args):
+    """Fails where a number is not finite or out of its range; a default is always in it."""
+    check(not jax.config.jax_enable_x64, "unset JAX_ENABLE_X64: the scripts are float32 throughout")
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (int(type(value) is int), math.inf))
+        for x in value if isinstance(value, tuple) else [value]:
+            if type(x) in (int, float) and x != getattr(type(args), name):
+                right = low <= x <= high and math.isfinite(x)
+                flag = f"--{name.replace('_', '-')}"
+                check(right, f"{flag} must be from {low} to {high}, not {x}")
 
 
 if __name__ == "__main__":

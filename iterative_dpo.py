@@ -43,7 +43,8 @@ class Args:
     # file.py:function, a ground truth that is only logged; default: that of the embedded data
     gold: str | None = None
     dataset: str = "data/reviews/prompts_train.jsonl"  # JSON Lines (or .gz) with prompt
-    eval_dataset: str = "data/reviews/prompts_test.jsonl"  # held out; the first 256
+    # held out; the first 256; default: the embedded test file, or the end of --dataset
+    eval_dataset: str | None = None
     run_dir: str = "runs/iterative_dpo"  # where metrics, samples, checkpoint and model go
     resume: bool = False  # go on from the checkpoint in run_dir; a finished run stays as it is
     overwrite: bool = False  # replace the run in run_dir
@@ -82,17 +83,23 @@ class Args:
 # because tyro joins lines that begin with a letter.
 if __name__ == "__main__":
     args = tyro.cli(Args, description=textwrap.indent(__doc__, " "))
+    sys.stdout.reconfigure(errors="replace")  # a console need not know every character
 
+import atexit
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
+import importlib.util
+import itertools
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import time
+import traceback
 import zlib
 from pathlib import Path
 
@@ -107,6 +114,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from rich.progress import Progress
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 
 # ------------------------------------------------------------------------------------------ losses
 
@@ -295,6 +303,8 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     ended = jnp.any(tokens[:, P:] == eos_id, axis=1)
     sampled = Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended)
     rows = [row for row, _ in prompts for _ in range(num_samples)]
+    ids = zip(np.asarray(tokens)[:, P:], np.asarray(mask)[:, P:] > 0)
+    rows = [row | {"completion_ids": x[kept].tolist()} for row, (x, kept) in zip(rows, ids)]
     return sampled, rows, decode_responses(tokenizer, tokens, mask, P, eos_id)
 
 
@@ -318,51 +328,70 @@ def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
 class Rewards(NamedTuple):
     """What scores completions."""
 
-    functions: list  # [(function of --reward, weight)]
+    functions: list  # [(name, function, weight)] of --reward; weight 0: it is only logged
     learned: tuple | None  # (config, params) of a reward model
     gold: Callable | None  # the ground truth, which is only logged
 
 
-def load_rewards(args, tokenizer):
+def load_rewards(args, tokenizer, eos_id):
     """The Rewards that the flags name."""
-    functions = [load_function(name) for name in args.reward]
-    weights = args.reward_weight or (1.0,) * len(functions)
-    counts = f"{len(functions)} times --reward, but {len(weights)} times --reward-weight"
-    check(len(functions) == len(weights), counts)
+    weights = args.reward_weight or (1.0,) * len(args.reward)
+    counts = f"{len(args.reward)} times --reward, but {len(weights)} times --reward-weight"
+    check(len(args.reward) == len(weights), counts)
+    check(args.reward_model or any(weights), "every --reward-weight is 0: nothing can be learned")
+    functions = [
+        (name.rpartition(":")[2], load_function(name), weight)
+        for name, weight in zip(args.reward, weights)
+    ]
     learned = None
     if args.reward_model:
         learned = load_model(args.reward_model)
         check("score" in learned[1], f"{args.reward_model} has no score: not a reward model")
-        same = token_ids(load_tokenizer(args.reward_model)) == token_ids(tokenizer)
+        own = load_tokenizer(args.reward_model)
+        same = token_ids(own) == token_ids(tokenizer) and end_token(learned[0], own) == eos_id
         check(same, f"the tokenizers of {args.reward_model} and {args.model} differ")
         check_sizes(learned[0], tokenizer, args)
-    return Rewards(list(zip(functions, weights)), learned, load_gold(args.gold, args.dataset))
+    return Rewards(functions, learned, load_gold(args.gold, args.dataset))
 
 
 def score(sampled, rows, texts, rewards, missing_eos_penalty):
-    """2. Score the completions of a Rollout: {"reward", "gold/reward" where it is known}, [N]."""
-    scores = -missing_eos_penalty * ~np.asarray(sampled.ended)
+    """2. Score the completions of a Rollout: {"reward", "gold/reward", "rewards/<name>"}, [N] each.
+
+    NaN where a function does not apply. "reward" is the weighted sum of those that do, and NaN,
+    which make_experience leaves out of all that it learns from, where none does.
+    """
+    parts = [
+        (name, call_reward(function, rows, texts), w) for name, function, w in rewards.functions
+    ]
     if rewards.learned:
         config, params = rewards.learned
         learned = learned_rewards(params, config, sampled.tokens, sampled.mask)
-        scores = scores + np.asarray(learned)
-    for function, weight in rewards.functions:
-        scores = scores + weight * call_reward(function, rows, texts)
-    gold = {"gold/reward": call_reward(rewards.gold, rows, texts)} if rewards.gold else {}
-    return {"reward": scores} | gold
+        parts.append(("reward_model", np.asarray(learned), 1.0))
+    total = sum(weight * np.nan_to_num(x) for _, x, weight in parts)
+    total = total - missing_eos_penalty * ~np.asarray(sampled.ended)
+    applies = np.any([~np.isnan(x) for _, x, weight in parts if weight], axis=0)
+    scores = {"reward": np.where(applies, total, np.nan)}
+    if rewards.gold:
+        scores["gold/reward"] = call_reward(rewards.gold, rows, texts)
+    return scores | {f"rewards/{name}": x for name, x, _ in parts}
 
 
 def describe(sampled, rows, texts, scores):
     """(metrics, samples to show) of a Rollout; scores: {name: [N]}."""
     kl = compute_kl_divergence(sampled.logprobs, sampled.ref_logprobs) * sampled.response_mask
-    metrics = {name: x.mean() for name, x in scores.items()} | {
+    known = {name: x[~np.isnan(x)] for name, x in scores.items()}
+    parts = {name: x for name, x in known.items() if name.startswith("rewards/") and x.size}
+    metrics = {name: x.mean() for name, x in known.items() if name not in parts and x.size}
+    metrics |= {f"{name}/mean": x.mean() for name, x in parts.items()}
+    metrics |= {f"{name}/std": x.std() for name, x in parts.items()}
+    metrics |= {
         "objective/kl": kl.sum(axis=1).mean(),  # nats per sequence
         "objective/entropy": -sampled.logprobs.sum(axis=1).mean(),
         "completions/mean_length": sampled.response_mask.sum(axis=1).mean(),
         "completions/clipped_ratio": 1 - sampled.ended.mean(),
     }
     columns = {"prompt": [row["prompt"] for row in rows], "completion": texts}
-    columns |= {name: x.tolist() for name, x in scores.items()}
+    columns |= {name: np.where(np.isnan(x), None, x).tolist() for name, x in scores.items()}
     return metrics, [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -372,11 +401,15 @@ def make_pairs(prompts, sampled, scores, pair, rng):
     sampled: a Rollout of K completions to each of B prompts.
     """
     scores = scores.reshape(len(prompts), -1)  # [B, K]
-    if pair == "best-worst":  # all equal: the same answer twice, from which only --nll-coef learns
-        columns = np.stack([scores.argmax(axis=1), scores.argmin(axis=1)], axis=1)  # [B, 2]
+    # All equal, or no two with a score: one answer twice, from which only --nll-coef learns.
+    if pair == "best-worst":
+        best = np.where(np.isnan(scores), -np.inf, scores).argmax(axis=1)
+        worst = np.where(np.isnan(scores), np.inf, scores).argmin(axis=1)
+        columns = np.stack([best, worst], axis=1)  # [B, 2]
     else:
         second_wins = rng.random(len(scores)) < 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
         columns = np.stack([second_wins, ~second_wins], axis=1).astype(int)
+        columns[np.isnan(scores).any(axis=1)] = 0
     prompt_length = sampled.tokens.shape[1] - sampled.logprobs.shape[1]
     tokens = np.asarray(sampled.tokens).reshape(*scores.shape, -1)[..., prompt_length:]  # [B, K, R]
     kept = np.asarray(sampled.response_mask).reshape(*scores.shape, -1) > 0
@@ -393,17 +426,16 @@ def make_pairs(prompts, sampled, scores, pair, rng):
 def main(args):
     if not args.reward_model and not args.reward:
         args = dataclasses.replace(args, reward_model="runs/reward/model")
-    check_ranges(args)
+    check_flags(args)
     run = RunFolder(args)
 
     config, ref_params = load_model(args.model)
     tokenizer = load_tokenizer(args.model)
-    eos_id = tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
+    eos_id = end_token(config, tokenizer)
     config = dataclasses.replace(config, eos_token_id=eos_id, remat=args.remat)
-    rewards = load_rewards(args, tokenizer)
+    rewards = load_rewards(args, tokenizer, eos_id)
     prompts, eval_prompts = (
-        encode_rows(read_jsonl(path, ["prompt"]), [], tokenizer, eos_id, args)
-        for path in (args.dataset, args.eval_dataset)
+        encode_rows(rows, [], tokenizer, eos_id, args) for rows in read_data(args, ["prompt"])
     )
 
     check("score" not in ref_params, f"{args.model} is a reward model, not a language model")
@@ -459,7 +491,7 @@ def main(args):
             reference = ref_params if args.reference == "start" else state.params
             size = args.micro_batch_size
             ref_logprobs = dataset_logprobs(reference, config, rows, size, max_length)
-            lengths = [sum(map(len, row)) for row in rows]
+            lengths = [len(row[0]) + max(map(len, row[1:])) for row in rows]  # of the longer answer
             batches = length_batches(lengths, args.batch_size, args.epochs, rng.integers(2**32))
             if args.reset_optimizer:
                 state = make_state(state.params, optimizer)
@@ -476,17 +508,17 @@ def main(args):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every * steps_per_round):
             run.log(step, metrics, "loss", "objective/kl", "gold/reward", "eval/gold/reward")
-        if run.due(step, args.save_every * steps_per_round):
+        if run.must_save(step, args.save_every * steps_per_round):
             run.save(step, state)
-    run.finish()
     save_model(run.path / "model", config, state.params, args.model)
+    run.finish(f"evaluate.py --ref {args.model} --models")
 
 
 # ==================================================================================================
 # The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
 # ==================================================================================================
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -632,7 +664,21 @@ def dense(config, features, name, residual=False):
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-# ---------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def draw_token(key, logits, size=256):
+    """A sample of softmax(logits) in each row: [N, V] -> [N].
+
+    First a block of `size` tokens, then one of its tokens, both by Gumbel noise: that takes fewer
+    random numbers than noise for all V, and reaches the tail, as a cumulative sum does not.
+    """
+    blocks = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
+    blocks = blocks.reshape(len(logits), -1, size)  # [N, V / size, size]
+    block_key, token_key = jax.random.split(key)
+    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))  # [N]
+    drawn = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [N, size]
+    return block * size + jax.random.categorical(token_key, drawn)
 
 
 @functools.partial(
@@ -662,12 +708,7 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     def one_token(carry):
         step, ended, logprobs, tokens, mask, logits, cache = carry
         logits = logits[:, 0] / temperature  # [N, V]
-        # By the inverse of the distribution function: one random number per row, not V.
-        cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [N, V]
-        uniform = jax.random.uniform(jax.random.fold_in(key, step), (N, 1))
-        threshold = uniform * cumulative.max(axis=-1, keepdims=True)
-        token = jnp.argmax(cumulative > threshold, axis=-1)  # [N], the first that is above
-        token = jnp.where(ended, 0, token)
+        token = jnp.where(ended, 0, draw_token(jax.random.fold_in(key, step), logits))  # [N]
         logprobs = logprobs.at[:, step].set(jnp.where(ended, 0.0, token_logprobs(logits, token)))
         tokens = tokens.at[:, P + step].set(token)
         mask = mask.at[:, P + step].set(jnp.where(ended, 0, 1))
@@ -685,7 +726,7 @@ def stream_key(seed, name, step):
     return jax.random.fold_in(stream, step)
 
 
-# --------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 def make_optimizer(args, total_steps):
@@ -730,7 +771,7 @@ def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metri
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-# ------------------------------------------------------------------------------------ model folder
+# ------------------------------------------------------------------------------------- model folder
 
 # What a model folder takes over from the one that it came from.
 KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
@@ -744,9 +785,9 @@ def find_model(name):
     first = f"run `python {folder.parent.name}.py` first, or pass another folder"
     check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "model.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=[*KEPT_FILES, "*.safetensors"]))
     except Exception as error:  # offline, no such model, not public: the hub's words say which
-        fail(f"no folder {name}, and not from the hub: {str(error).strip().splitlines()[0]}")
+        fail(f"no folder {name}, and not from the hub: {' '.join(str(error).split())[:200]}")
 
 
 def hf_name_and_shape(path, shape):
@@ -757,9 +798,8 @@ def hf_name_and_shape(path, shape):
     return name, shape[::-1] if "score" in path else shape
 
 
-def load_model(folder):
-    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
-    folder = find_model(folder)
+def load_config(folder):
+    """The GPT2Config of a model folder; fails on what this GPT-2 does not implement."""
     saved = {"model_type": None} | read_json(folder / "config.json")
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True}
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -767,12 +807,33 @@ def load_model(folder):
         found = saved.get(name, value)
         check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
     names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
-    config = GPT2Config(**{name: saved[name] for name in names & saved.keys()})
+    sizes = {name: saved.get(name) for name in names if type(getattr(GPT2Config, name)) is int}
+    right = all(type(size) is int and size > 0 for size in sizes.values())
+    right = right and sizes["n_embd"] % sizes["n_head"] == 0
+    check(right, f"{folder}/config.json: no model has the sizes {sizes}")
+    eos_id = saved.get("eos_token_id")
+    if isinstance(eos_id, list) and len(eos_id) == 1:
+        saved["eos_token_id"] = eos_id = eos_id[0]
+    right = eos_id in (None, *range(saved["vocab_size"]))
+    check(right, f"{folder}/config.json: eos_token_id {eos_id} is not one id of the vocabulary")
+    return GPT2Config(**{name: saved[name] for name in names & saved.keys()})
 
-    file = folder / "model.safetensors"
-    check(file.exists(), f"{folder} has no model.safetensors: save it anew with transformers 5")
-    tensors = safetensors.flax.load_file(file)
-    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+
+def load_model(name):
+    """(config, params in float32) of a GPT-2 in a Hugging Face folder or of a hub name."""
+    folder = find_model(name)
+    config = load_config(folder)
+    files = sorted(folder.glob("model*.safetensors"))  # large models come in several
+    convert = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({str(name)!r})"
+    check(files, f"{folder} has no safetensors: python -c \"{convert}.save_pretrained('FOLDER')\"")
+    tensors = {}
+    for file in files:
+        with file_access(file):
+            tensors |= safetensors.flax.load_file(file)
+    tensors = {key.removeprefix("transformer."): x for key, x in tensors.items()}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        same = np.array_equal(tensors["lm_head.weight"], tensors.get("wte.weight"))
+        check(same, f"{folder}: lm_head is not wte, so tie_word_embeddings should be false")
     one = jnp.zeros((1, 1), jnp.int32)
     likes = flatten_dict(jax.eval_shape(GPT2(config).init, jax.random.key(0), one, one)["params"])
     if "score.weight" in tensors:  # a reward model has a score in place of the language-model head
@@ -780,10 +841,11 @@ def load_model(folder):
         likes["score", "kernel"] = jnp.zeros((config.n_embd, 1))
     params = {}
     for path, like in likes.items():
-        name, shape = hf_name_and_shape(path, like.shape)
-        found = tensors[name].shape if name in tensors else "missing"
-        check(found == shape, f"{file}: {name} should have shape {shape}, but is {found}")
-        params[path] = tensors[name].astype(jnp.float32).reshape(like.shape)
+        key, shape = hf_name_and_shape(path, like.shape)
+        found = tensors[key].shape if key in tensors else "missing"
+        check(found == shape, f"{folder}: {key} should have shape {shape}, but is {found}")
+        params[path] = tensors[key].astype(jnp.float32).reshape(like.shape)
+        check(jnp.isfinite(params[path]).all(), f"{folder}: {key} has values that are not finite")
     return config, unflatten_dict(params)
 
 
@@ -815,7 +877,7 @@ def save_model(folder, config, params, source, **more):
     os.replace(building, folder)
 
 
-# ------------------------------------------------------------------------------ tokenizer and data
+# ------------------------------------------------------------------------------- tokenizer and data
 
 
 def load_tokenizer(folder):
@@ -823,17 +885,25 @@ def load_tokenizer(folder):
     folder = find_model(folder)
     if (folder / "tokenizer.json").exists():
         saved = read_json(folder / "tokenizer.json")
-        model, split = saved["model"], saved.get("pre_tokenizer") or {}
-        byte_level = model.get("type", "BPE") == "BPE" and split.get("type") == "ByteLevel"
-        usual = split.get("use_regex", True) and not split.get("add_prefix_space")
-        usual = byte_level and usual and not saved.get("normalizer")
-        check(usual, f"{folder}: only byte-level BPE, no normalizer, no prefix space")
-        vocabulary, merges = model["vocab"], model["merges"]
-        added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+        with file_access(folder / "tokenizer.json"):
+            model, split = saved["model"], saved["pre_tokenizer"]
+            after = saved.get("post_processor") or split
+            usual = (model["type"], split["type"], after["type"]) == (
+                "BPE",
+                "ByteLevel",
+                "ByteLevel",
+            )
+            unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
+            unusual += [model.get("end_of_word_suffix"), not split.get("use_regex", True)]
+            plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
+            check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
+            vocabulary, merges = model["vocab"], model["merges"]
+            added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
     else:
         vocabulary, added = read_json(folder / "vocab.json"), {}
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+        with file_access(folder / "merges.txt"):
+            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+            merges = [line for line in lines[lines[0].startswith("#version") :] if line]
     # The files write each byte as a printable character: itself, or one of those from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -845,6 +915,13 @@ def load_tokenizer(folder):
     check(not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
     ids = [vocabulary[token] for token in plain]
     check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
+    for left, right in pairs:  # it joins any two parts that make a token, the lowest id first
+        parts = [*left, *right]
+        while len(parts) > 2:
+            joined = [vocabulary.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            i = joined.index(min(joined))
+            parts[i : i + 2] = ["".join(parts[i : i + 2])]
+        check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} as merged")
     ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
     special = {token: i for token, i in vocabulary.items() if token not in plain} | added
     # The pattern is GPT-2's: where to cut a text before the merges begin.
@@ -855,6 +932,13 @@ def load_tokenizer(folder):
 def token_ids(tokenizer):
     """{bytes: id} of all but special tokens: equal for tokenizers that read every text alike."""
     return {x: tokenizer.encode_single_token(x) for x in tokenizer.token_byte_values()}
+
+
+def end_token(config, tokenizer):
+    """The id of EOS: that of config.json, else that of <|endoftext|>."""
+    known = config.eos_token_id is not None or "<|endoftext|>" in tokenizer.special_tokens_set
+    check(known, "the model has no end of text: put its id into config.json as eos_token_id")
+    return tokenizer.eot_token if config.eos_token_id is None else config.eos_token_id
 
 
 def check_sizes(config, tokenizer, args):
@@ -879,46 +963,99 @@ def pad_rows(rows, width, left=False):
 def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
     """The completions as texts, without EOS: tokens, mask [B, P + R] -> B strings."""
     tokens, mask = np.asarray(tokens)[:, prompt_length:], np.asarray(mask)[:, prompt_length:]
-    # Some models have more rows in wte than there are tokens; such an id is no text.
-    keep = (mask > 0) & (tokens != eos_id) & (tokens <= tokenizer.max_token_value)
+    # As in TRL, special tokens are no text; nor is an id that belongs to no token, of which a model
+    # may have some.
+    keep = (mask > 0) & (tokens != eos_id) & np.isin(tokens, list(token_ids(tokenizer).values()))
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
 
 
 def read_jsonl(path, fields, instead=None):
-    """Rows of JSON Lines (or .gz) with texts in `fields`, or in `instead`; prompts may be empty."""
+    """Rows of JSON Lines with texts in `fields`, or in `instead`; prompts may be empty.
+
+    A row gets every column of the file: None where it lacks one.
+    """
+    form = ", ".join(f'"{name}": "…"' for name in fields)
+    wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; no chats, no tables"
     check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
+    with file_access(path, wanted):
+        content = Path(path).read_bytes()
+        content = gzip.decompress(content) if str(path).endswith(".gz") else content
+        lines = content.decode("utf-8-sig").split("\n")
     rows = []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                fail(f"{path}, line {number} is not JSON: {error}")
-            check(isinstance(row, dict), f"{path}, line {number} is not an object")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            with file_access(place, wanted):
+                row = json.loads(line, parse_constant=int)  # int refuses NaN and Infinity
+            check(isinstance(row, dict), f"{place} is no object{wanted}")
             for name in [instead] if instead in row else fields:
                 good = isinstance(row.get(name), str) and (row[name] or name == "prompt")
-                check(good, f'{path}, line {number}: "{name}" is missing, empty or not a string')
+                check(good, f'{place}: "{name}" is missing, empty or no text{wanted}')
             rows.append(row)
     check(rows, f"{path} holds no rows")
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [columns | row for row in rows]
+
+
+# The folder of the film reviews, which know their ground truth and their held-out part.
+EMBEDDED = Path("data/reviews").resolve()
+
+
+def read_data(args, fields, instead=None):
+    """(rows to train on, held-out rows); without --eval-dataset, the last of one's own rows."""
+    rows, held_out = read_jsonl(args.dataset, fields, instead), args.eval_dataset
+    if held_out is None and Path(args.dataset).resolve().parent == EMBEDDED:
+        held_out = args.dataset.replace("train", "test").removesuffix(".gz")
+    if held_out:
+        held_out_rows = read_jsonl(held_out, fields, instead)
+    else:
+        count = min(256, -(-len(rows) // 20))
+        check(count < len(rows), f"{args.dataset} has one row: pass --eval-dataset, too")
+        rows, held_out_rows, held_out = rows[:-count], rows[-count:], f"the end of {args.dataset}"
+    print(f"data: {len(rows)} rows of {args.dataset}; held out: {len(held_out_rows)} of {held_out}")
+    return rows, held_out_rows
+
+
+def encode_text(tokenizer, text, size=50_000):
+    """A text's ids, special tokens read as plain text; in pieces: a long run of blanks is too much
+    for tiktoken."""
+    pieces = (text[i : i + size] for i in range(0, len(text), size))
+    return [i for piece in pieces for i in tokenizer.encode_ordinary(piece)]
 
 
 def encode_rows(rows, answers, tokenizer, eos_id, args):
-    """[(row, [ids of the prompt, ids of each of its `answers`, …])] of the rows that fit."""
-    # An answer without its EOS would teach not to stop: a row that is too long is dropped.
-    kept = []
+    """[(row, [ids of the prompt, ids of each of its `answers`, …])] of the rows that fit.
+
+    Fails where more than a tenth does not: a run on the rest would be another experiment.
+    """
+    special = sorted(tokenizer.special_tokens_set)
+    spelled = blank = 0
+    encoded = []
     for row in rows:
-        prompt = tokenizer.encode_ordinary(row["prompt"]) or [eos_id]
-        texts = [[*tokenizer.encode_ordinary(row[name]), eos_id] for name in answers]
-        longest = max(map(len, texts), default=0)
-        if len(prompt) <= args.max_prompt_length and longest <= args.max_completion_length:
-            kept.append((row, [prompt, *texts]))
-    longer = f"longer than --max-prompt-length {args.max_prompt_length}"
-    longer += f" or --max-completion-length {args.max_completion_length}"
-    check(kept or not rows, f"all {len(rows)} rows are {longer}")
-    if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped: {longer}")
-    return kept
+        texts = [row["prompt"], *(row[name] for name in answers)]
+        spelled += any(token in text for token in special for text in texts)
+        blank += texts[0] != texts[0].rstrip()
+        prompt, *ids = (encode_text(tokenizer, text) for text in texts)
+        encoded.append((row, [prompt or [eos_id], *([*x, eos_id] for x in ids)]))
+    if spelled:
+        print(f"note: {spelled} rows spell a special token {special}: they are read as plain text")
+    if blank:  # "x " + "y" and "x y" are other tokens
+        print(f"note: {blank} of {len(rows)} prompts end in white space")
+    # An answer without its EOS would teach not to stop: a row that is too long is dropped, not cut.
+    limits = args.max_prompt_length, args.max_completion_length
+    lengths = [(len(ids[0]), max(map(len, ids[1:]), default=0)) for _, ids in encoded]
+    lengths = np.array(lengths).reshape(-1, 2)
+    fits = (lengths <= limits).all(axis=1)
+    if not fits.all():
+        flags = "--max-prompt-length {} --max-completion-length {}"
+        longer = f"{sum(~fits)} of {len(rows)} rows are longer than {flags.format(*limits)}"
+        most, all_of_them = (
+            flags.format(*np.maximum(np.quantile(lengths, q, axis=0, method="higher"), limits))
+            for q in (0.975, 1.0)  # 0.95 of the rows fit where 0.975 do in either length
+        )
+        check(np.mean(fits) >= 0.9, f"{longer}; {most} keeps 95 % of them, {all_of_them} all")
+        print(f"dropped: {longer}")
+    return [pair for pair, kept in zip(encoded, fits) if kept]
 
 
 def length_batches(lengths, batch_size, epochs, seed):
@@ -939,41 +1076,50 @@ def padded_width(longest, max_length):
 
 
 def load_function(name):
-    """The function of "file.py:function"."""
+    """What "file.py:function" names: any callable."""
     path, _, function = name.rpartition(":")
-    check(Path(path).is_file(), f"no file for {name}: a reward is given as file.py:function")
+    there = path.endswith(".py") and Path(path).is_file()
+    check(there, f"no file for {name}: a reward is given as file.py:function")
+    sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
+    module_name = path if Path(path).stem in sys.modules else Path(path).stem
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     try:
-        found = runpy.run_path(path)
-    except Exception as error:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
         fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
-    check(function in found, f"{path} has no function {function}")
-    return found[function]
+    check(callable(getattr(module, function, None)), f"{path} has no function {function}")
+    return getattr(module, function)
 
 
 def load_gold(name, dataset):
     """The ground truth of `name`, or else that of the embedded data, or None."""
-    embedded = Path(dataset).resolve().parent == Path("data/reviews").resolve()
-    if name is None and embedded and Path("data/reviews.py").is_file():
+    if name is None and Path(dataset).resolve().parent == EMBEDDED:
         name = "data/reviews.py:sentiment"
     return name and load_function(name)
 
 
 def call_reward(function, rows, completions):
-    """Scores [B] in TRL's way: the rows' columns come as lists; None ("does not apply") is 0."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    prompts = columns.pop("prompt")
+    """Scores [B] in TRL's way: the rows' columns come as lists; NaN where it says None."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns |= {"prompts": columns.pop("prompt"), "completions": list(completions)}
+    name = getattr(function, "__name__", repr(function))
     try:
-        scores = function(prompts=prompts, completions=list(completions), **columns)
-        scores = np.array([0.0 if score is None else score for score in scores], np.float32)
-    except Exception as error:
-        fail(f"the reward function {function.__name__} raised {type(error).__name__}: {error}")
-    right = scores.shape == (len(rows),) and np.isfinite(scores).all()
-    check(right, f"reward {function.__name__} must return {len(rows)} finite numbers, not {scores}")
-    return scores
+        found = function(**columns)
+        found = None if isinstance(found, dict) else [np.nan if x is None else x for x in found]
+        scores = np.array(found)
+    except (Exception, SystemExit) as error:  # the user's own: where it happened is what counts
+        traceback.print_exc()
+        fail(f"the reward function {name} raised {type(error).__name__}: {error}")
+    right = scores.shape == (len(rows),) and scores.dtype.kind in "fiub"
+    check(right, f"the reward function {name} must return {len(rows)} numbers, not {found}")
+    wrong = [x for x, score in zip(found, scores) if not math.isfinite(score) and x is not np.nan]
+    check(not wrong, f"the reward function {name} returned {wrong[:1]}: no finite number, no None")
+    return scores.astype(np.float32)
 
 
-# -------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 
 
 def fail(message):
@@ -988,34 +1134,64 @@ def check(condition, message):
         fail(message)
 
 
-def read_json(path):
-    """What a JSON file holds; fails where it is missing or broken."""
+@contextlib.contextmanager
+def file_access(place, advice=""):
+    """Whatever goes wrong with a file ends the script with its name and the reason."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"cannot read {path}: {error}")
+        yield
+    except Exception as error:  # missing, cut short, not JSON, not UTF-8, no space on the disk, …
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{place}: {type(error).__name__}: {reason}{advice}")
+
+
+def read_json(path):
+    """The object in a JSON file; fails where it is missing or broken."""
+    with file_access(path):
+        found = json.loads(path.read_text("utf-8-sig"))
+    check(isinstance(found, dict), f"{path} holds no JSON object")
+    return found
 
 
 def write_file(path, content):
     """Replaces a file by these bytes: whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with file_access(path), open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-LOWEST = {"warmup_steps": 0, "process_id": 0, "fsdp": -1, "tensor": -1}
+# Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
+RANGES = {"seed": (0, 2**31 - 1), "reward_weight": (-math.inf, math.inf)}
+RANGES |= dict.fromkeys(["warmup_steps", "process_id"], (0, math.inf))
+RANGES |= dict.fromkeys(["data", "fsdp", "tensor"], (-1, math.inf))
+RANGES |= dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf))
+RANGES |= dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1))
+RANGES |= dict.fromkeys(["gamma", "lam"], (0, 1))
 
 
-def check_ranges(args):
-    """Sizes, counts, intervals: an int is at least 1, or as in LOWEST, or its default if lower."""
+def check_flags(args):
+    """Fails where a number is not finite or out of its range; a default is always in it."""
+    check(not jax.config.jax_enable_x64, "unset JAX_ENABLE_X64: the scripts are float32 throughout")
     for name, value in vars(args).items():
-        if type(value) is int:
-            default = getattr(type(args), name)
-            lowest = min(LOWEST.get(name, 1), default if type(default) is int else 1)
-            check(value >= lowest, f"--{name.replace('_', '-')} must be at least {lowest}")
+        low, high = RANGES.get(name, (int(type(value) is int), math.inf))
+        for x in value if isinstance(value, tuple) else [value]:
+            if type(x) in (int, float) and x != getattr(type(args), name):
+                right = low <= x <= high and math.isfinite(x)
+                flag = f"--{name.replace('_', '-')}"
+                check(right, f"{flag} must be from {low} to {high}, not {x}")
+
+
+def checksum(value):
+    """Of a data file or a model folder's weights, which are the same wherever they lie."""
+    path = Path(str(value))
+    path = path / "model.safetensors" if path.is_dir() else path
+    return zlib.crc32(path.read_bytes()) if path.is_file() else None
+
+
+# What may be changed when a run is resumed; beside these, its length may grow.
+MAY_CHANGE = ["run_dir", "log_every", "eval_every", "save_every"]
 
 
 class RunFolder:
@@ -1024,11 +1200,20 @@ class RunFolder:
     def __init__(self, args):
         self.path = Path(args.run_dir)
         self.args = json.loads(json.dumps(vars(args)))  # as they come back from args.json
-        resume = self.args.pop("resume")
+        self.resume = self.args.pop("resume")
         self.overwrite = self.args.pop("overwrite")
+        sums = {name: checksum(value) for name, value in self.args.items()}
+        self.args["checksums"] = {name: value for name, value in sums.items() if value}
+        self.stopped, self.bar, self.process = 0, None, os.getpid()
+        self.held_out, self.samples = "", []
         signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
         if not (self.path / "args.json").exists():
-            check(not any(self.path.glob("*")), f"{self.path} is no run: pass another --run-dir")
+            with file_access(self.path):
+                empty = not self.path.exists() or {x.name for x in self.path.iterdir()} <= {".lock"}
+            check(empty, f"{self.path} is no run: pass another --run-dir")
+            if self.resume:
+                print(f"nothing to resume in {self.path}: the run begins at step 0")
         elif self.overwrite:
             for value in [*self.args.values(), *self.args.get("reward", [])]:
                 place = Path(str(value).split(":")[0]).resolve()
@@ -1036,52 +1221,79 @@ class RunFolder:
                 check(not inside, f"--overwrite would remove {value}, from which this run reads")
         else:
             ways = "pass --resume, --overwrite or another --run-dir"
-            check(resume, f"{self.path} holds a run: {ways}")
-            before = read_json(self.path / "args.json")
-            changed = [k for k in before | self.args if before.get(k) != self.args.get(k)]
-            check(not changed, f"{self.path} was begun with other values of {', '.join(changed)}")
-            if (self.path / "model").exists():
-                print(f"{self.path} is finished: its model is {self.path / 'model'}")
-                raise SystemExit(0)
+            check(self.resume, f"{self.path} holds a run: {ways}")
+            print(f"resuming {self.path}")
+            self.check_unchanged(read_json(self.path / "args.json"))
+
+    def check_unchanged(self, before):
+        """Fails where a resumed run has other flags or data; ends a run that is finished."""
+        old, new = ({**x, **x.get("checksums", {})} for x in (before, self.args))
+        length = next(name for name in ("rounds", "steps", "epochs") if name in new)
+        grown = new[length] > old.get(length, new[length])
+        may_change = [*MAY_CHANGE, "checksums", *([length] if grown else [])]
+        changed = [k for k in old | new if old.get(k) != new.get(k) and k not in may_change]
+        changed = [f"{name} {before.get(name)}, now {self.args.get(name)}" for name in changed]
+        words = f"{self.path} was begun with other settings, or files with another content"
+        check(not changed, f"{words}: {'; '.join(changed)}")
+        if grown:
+            print(f"{self.path} goes on to {length} {new[length]}, from {old[length]}")
+        elif (self.path / "model").exists():
+            print(f"{self.path} is finished: its model is {self.path / 'model'}")
+            raise SystemExit(0)
 
     def start(self, state, total_steps):
         """(state, step) of the checkpoint, or (state, 0) without one; opens the logs there."""
-        if self.overwrite:
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with file_access(self.path, "; does another run write there?"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new = self.resume or self.overwrite or not (self.path / "args.json").exists()
+        check(new, f"another run has begun in {self.path} since this one was started")
+        for path in self.path.iterdir():  # the model of a run that has grown is written anew
+            if path.name == "model" or (self.overwrite and path.name != ".lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
         step = self.checkpoint_step()
         if step:
-            saved = safetensors.flax.load_file(self.path / "checkpoint.safetensors")
-            state = jax.tree.map_with_path(lambda path, _: saved[jax.tree_util.keystr(path)], state)
+            with file_access(self.path / "checkpoint.safetensors"):
+                saved = safetensors.flax.load_file(self.path / "checkpoint.safetensors")
+                state = jax.tree.map_with_path(lambda p, _: saved[jax.tree_util.keystr(p)], state)
         for log in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
-            lines = log.read_bytes().splitlines(True) if step and log.exists() else []
-            kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
+            with file_access(log):
+                lines = log.read_bytes().splitlines(True) if step and log.exists() else []
+                kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
             write_file(log, b"".join(kept))
         self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
+        for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
+            self.writer.file_writer.add_summary(summary)
+        size = sum(x.size for x in jax.tree.leaves(state.params))
+        device = f"{jax.device_count()} {jax.default_backend()} ({jax.devices()[0].device_kind})"
+        print(f"model: {self.args['model'] or 'new'}, {size:,} parameters; device: {device}")
+        print(f"run: {self.path}, steps {step} to {total_steps}; tensorboard --logdir {self.path}")
         self.bar = Progress()
-        self.task = self.bar.add_task(str(self.path), total=total_steps, completed=step)
+        atexit.register(self.bar.stop)  # however the run ends, it gives the cursor back
+        self.task = self.bar.add_task(self.path.name, total=total_steps, completed=step)
         self.bar.start()
-        self.total_steps = total_steps
-        self.samples = []
+        self.total_steps, self.first_step, self.started = total_steps, step, time.monotonic()
         return state, step
 
     def log(self, step, metrics, *shown):
         """One line in metrics.jsonl and in TensorBoard; the metrics `shown` go to the screen."""
         metrics = {name: float(value) for name, value in metrics.items()}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        row = {"step": step, **metrics, **dict.fromkeys(bad)}  # JSON has null, but no NaN
+        row = {"step": step, "perf/time": time.time(), **metrics, **dict.fromkeys(bad)}  # no NaN
         self.append("metrics.jsonl", row)
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
         values = [f"  {name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        text = f"{self.path} step {step}{''.join(values)}"
-        self.bar.update(self.task, completed=step, description=text)
-        if not self.bar.console.is_terminal:
-            print(text, flush=True)
-        if bad:
-            self.bar.stop()
-            fail(f"{bad[0]} is not finite at step {step}: is --learning-rate too high?")
+        self.held_out = "".join(x for x in values if "  eval/" in x) or self.held_out
+        done = step - self.first_step
+        seconds = (time.monotonic() - self.started) * (self.total_steps - step) / max(done, 1)
+        left = f"  {seconds:.0f} s left" if done else ""
+        self.bar.update(self.task, completed=step)
+        print(f"step {step}/{self.total_steps}{''.join(values)}{left}", flush=True)
+        cause = "is --learning-rate too high?" if step else "is the model, or a reward, at fault?"
+        check(not bad, f"{bad and bad[0]} is not finite at step {step}: {cause}")
 
     def log_samples(self, step, rows):
         """Appends dicts (prompt, completion, scores) to samples.jsonl; `finish` shows the last."""
@@ -1090,36 +1302,57 @@ class RunFolder:
             self.append("samples.jsonl", {"step": step, **row})
 
     def append(self, name, row):
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        with file_access(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def due(self, step, *every):
         """Whether one of these intervals ends at this step; the last step ends all of them."""
         return step == self.total_steps or any(step % interval == 0 for interval in every)
 
+    def must_save(self, step, every):
+        """Whether a checkpoint is due, or the run was asked to stop."""
+        return self.due(step, every) or self.stopped > 0
+
     def save(self, step, state):
         """Writes the train state, whole or not at all; the step stands in the file's header."""
         tensors = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
         content = safetensors.flax.save(tensors, {"step": str(step)})
         write_file(self.path / "checkpoint.safetensors", content)
+        self.end_if_stopped(step)
 
     def checkpoint_step(self):
         """The step of the last checkpoint, 0 without one."""
         path = self.path / "checkpoint.safetensors"
-        return int(safetensors.safe_open(path, "np").metadata()["step"]) if path.exists() else 0
+        with file_access(path):
+            return int(safetensors.safe_open(path, "np").metadata()["step"]) if path.exists() else 0
 
-    def finish(self):
-        """Shows the last samples, and gives the terminal back."""
-        if hasattr(self, "bar"):
+    def interrupt(self, number, _):
+        """The first Ctrl-C or SIGTERM lets the step in hand end; the second ends everything."""
+        signal.signal(number, signal.SIG_DFL)
+        if self.bar is None or os.getpid() != self.process:  # before the run, or in a child
+            raise SystemExit(128 + number)
+        self.stopped = number
+        self.bar.console.show_cursor()
+        print("stopping as soon as this step is done and saved; once more: at once", flush=True)
+
+    def end_if_stopped(self, step):
+        if self.stopped:
             self.bar.stop()
             self.writer.close()
-            for row in self.samples[:4]:
-                print("  ".join(str(value) for value in row.values()))
+            print(f"stopped after step {step}, which is saved: --resume goes on")
+            raise SystemExit(128 + self.stopped)
 
-    def interrupt(self, *_):
-        self.finish()
-        print(f"\nstopped; --resume goes on from the checkpoint of step {self.checkpoint_step()}")
-        raise SystemExit(130)
+    def finish(self, command):
+        """The last lines: samples, the held-out figures, where the model is, what comes next."""
+        self.bar.stop()
+        self.writer.close()
+        for row in self.samples[:3]:
+            texts = [value for value in row.values() if isinstance(value, str)]
+            numbers = [f"{name} {x:.2f}" for name, x in row.items() if isinstance(x, float)]
+            print(f"{'|'.join(texts)}\n    {'  '.join(numbers)}")
+        seconds = time.monotonic() - self.started
+        print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
+        print(f"next: python {command} {self.path / 'model'}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ Run `python data/reviews.py` to write data/reviews/ (a few seconds, the same byt
 # ruff: noqa: SIM905 (word lists read better as text than as one string a line)
 
 import functools
+import gzip
 import json
 import math
 import random
@@ -508,6 +509,10 @@ def make_rows():
                 found = [{"prompt": p} for p in prompts]
             files[f"{kind}_{split}"] = found
         taken = drawn  # no test prompt is in a train file
+    # More pairs, from a stream of their own, so that all that stands above stays as it was.
+    rng = random.Random("reviews preferences more")
+    more = [make_preference(rng, prompt) for prompt in make_prompts(rng, 17_000, taken)]
+    files["preferences_train"] += more
     for row in files["preferences_train"]:
         del row["chosen_gold"], row["rejected_gold"], row["probability"]  # known in the test only
     return files
@@ -588,8 +593,11 @@ def main():
     tokenizer = train_tokenizer(texts, FOLDER / "tokenizer")
     facts = make_facts(files, lambda text: len(tokenizer.encode(text).ids))
     for name, rows in files.items():
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (FOLDER / f"{name}.jsonl").write_text("".join(lines), newline="\n")
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if name == "preferences_train":
+            (FOLDER / f"{name}.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
+        else:
+            (FOLDER / f"{name}.jsonl").write_bytes(content)
     (FOLDER / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2))
 
