@@ -537,7 +537,7 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
-            run.log(step, metrics, "reward", "objective/kl", "gold/reward")
+            run.log(step, metrics, "reward", "objective/kl", "gold/reward", "eval/reward")
         if args.ref_sync_steps is not None and step % args.ref_sync_steps == 0:
             moved = optax.incremental_update(state.params, state.ref_params, args.ref_mixup_alpha)
             state = state._replace(ref_params=moved)
@@ -1372,7 +1372,7 @@ class RunFolder:
         for row in self.samples[:3]:
             texts = [value for value in row.values() if isinstance(value, str)]
             numbers = [f"{name} {x:.2f}" for name, x in row.items() if isinstance(x, float)]
-            print(f"{'|'.join(texts)}\n    {'  '.join(numbers)}")
+            print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         print(f"next: python {command} {self.path / 'model'}")

@@ -507,7 +507,7 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every * steps_per_round):
-            run.log(step, metrics, "loss", "objective/kl", "gold/reward", "eval/gold/reward")
+            run.log(step, metrics, "loss", "objective/kl", "gold/reward", "eval/reward")
         if run.must_save(step, args.save_every * steps_per_round):
             run.save(step, state)
     save_model(run.path / "model", config, state.params, args.model)
@@ -1349,7 +1349,7 @@ class RunFolder:
         for row in self.samples[:3]:
             texts = [value for value in row.values() if isinstance(value, str)]
             numbers = [f"{name} {x:.2f}" for name, x in row.items() if isinstance(x, float)]
-            print(f"{'|'.join(texts)}\n    {'  '.join(numbers)}")
+            print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         print(f"next: python {command} {self.path / 'model'}")

@@ -1093,7 +1093,7 @@ class RunFolder:
         for row in self.samples[:3]:
             texts = [value for value in row.values() if isinstance(value, str)]
             numbers = [f"{name} {x:.2f}" for name, x in row.items() if isinstance(x, float)]
-            print(f"{'|'.join(texts)}\n    {'  '.join(numbers)}")
+            print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         print(f"next: python {command} {self.path / 'model'}")

@@ -504,8 +504,12 @@ def _write(value):
 
 def _find_bound(node):
     """The names to which something is assigned inside."""
-    names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
-    return {n.id for n in names} | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    bound = set()
+    for part in ast.walk(node):
+        match part:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.arg(arg=name):
+                bound.add(name)
+    return bound
 
 
 def _compile(node):
