@@ -59,7 +59,7 @@ GOLD = --gold data/reviews.py:sentiment
 smoke: $(VENV)/ready  ## every script once, on a tiny model, in runs/smoke (under two minutes)
 	mkdir -p $(SMOKE)
 	head -n 32 data/reviews/sft_train.jsonl > $(SMOKE)/sft.jsonl
-	gzip -dc data/reviews/preferences_train.jsonl.gz | head -n 32 > $(SMOKE)/pairs.jsonl
+	head -n 32 data/reviews/preferences_train.jsonl > $(SMOKE)/pairs.jsonl
 	head -n 16 data/reviews/prompts_test.jsonl > $(SMOKE)/prompts.jsonl
 	$(TRY) sft.py $(SCRATCH) --run-dir $(SMOKE)/sft --overwrite
 	$(TRY) reward.py $(PAIRS) --num-generations 2 --run-dir $(SMOKE)/reward --overwrite

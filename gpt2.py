@@ -386,7 +386,7 @@ def load_config(folder):
     eos_id = saved.get("eos_token_id")
     if isinstance(eos_id, list) and len(eos_id) == 1:
         saved["eos_token_id"] = eos_id = eos_id[0]
-    right = eos_id in (None, *range(saved["vocab_size"]))
+    right = eos_id is None or eos_id in range(saved["vocab_size"])
     check(right, f"{folder}/config.json: eos_token_id {eos_id} is not one id of the vocabulary")
     return GPT2Config(**{name: saved[name] for name in names & saved.keys()})
 

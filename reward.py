@@ -27,7 +27,7 @@ import tyro
 @dataclass(frozen=True)
 class Args:
     model: str = "runs/sft/model"  # folder or hub name of the language model to start from
-    dataset: str = "data/reviews/preferences_train.jsonl.gz"  # with prompt, chosen, rejected
+    dataset: str = "data/reviews/preferences_train_more.jsonl.gz"  # prompt, chosen, rejected
     # held out; default: the embedded test file, or the end of --dataset
     eval_dataset: str | None = None
     run_dir: str = "runs/reward"  # where metrics, samples, checkpoint and model go
@@ -616,7 +616,7 @@ def load_config(folder):
     eos_id = saved.get("eos_token_id")
     if isinstance(eos_id, list) and len(eos_id) == 1:
         saved["eos_token_id"] = eos_id = eos_id[0]
-    right = eos_id in (None, *range(saved["vocab_size"]))
+    right = eos_id is None or eos_id in range(saved["vocab_size"])
     check(right, f"{folder}/config.json: eos_token_id {eos_id} is not one id of the vocabulary")
     return GPT2Config(**{name: saved[name] for name in names & saved.keys()})
 
@@ -793,7 +793,7 @@ def read_data(args, fields, instead=None):
     """(rows to train on, held-out rows); without --eval-dataset, the last of one's own rows."""
     rows, held_out = read_jsonl(args.dataset, fields, instead), args.eval_dataset
     if held_out is None and Path(args.dataset).resolve().parent == EMBEDDED:
-        held_out = args.dataset.replace("train", "test").removesuffix(".gz")
+        held_out = f"data/reviews/{Path(args.dataset).name.split('_')[0]}_test.jsonl"
     if held_out:
         held_out_rows = read_jsonl(held_out, fields, instead)
     else:

@@ -3,7 +3,7 @@
     python sft.py && python benchmarks/sft_pairs.py && python dpo.py \\
         --dataset runs/sft_pairs/preferences_train.jsonl --run-dir runs/dpo_sft_pairs
 
-The prompts are those of data/reviews/preferences_train.jsonl.gz, in its order; the labels are drawn
+The prompts are those of data/reviews/preferences_train.jsonl, in its order; the labels are drawn
 as data/reviews.py draws them: what differs is who wrote the answers (and a few rows are left out,
 where an answer is empty or does not end).
 """
@@ -21,7 +21,7 @@ from data import reviews
 
 
 def main():
-    model, source = "runs/sft/model", "data/reviews/preferences_train.jsonl.gz"
+    model, source = "runs/sft/model", "data/reviews/preferences_train.jsonl"
     tokenizer, (config, params) = dpo.load_tokenizer(model), dpo.load_model(model)
     rows = dpo.read_jsonl(source, ["prompt", "chosen", "rejected"])
     rows = dpo.encode_rows(rows, [], tokenizer, config.eos_token_id, dpo.Args())

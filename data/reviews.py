@@ -512,8 +512,8 @@ def make_rows():
     # More pairs, from a stream of their own, so that all that stands above stays as it was.
     rng = random.Random("reviews preferences more")
     more = [make_preference(rng, prompt) for prompt in make_prompts(rng, 17_000, taken)]
-    files["preferences_train"] += more
-    for row in files["preferences_train"]:
+    files["preferences_train_more"] = files["preferences_train"] + more
+    for row in files["preferences_train_more"]:
         del row["chosen_gold"], row["rejected_gold"], row["probability"]  # known in the test only
     return files
 
@@ -594,7 +594,7 @@ def main():
     facts = make_facts(files, lambda text: len(tokenizer.encode(text).ids))
     for name, rows in files.items():
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if name == "preferences_train":
+        if name == "preferences_train_more":
             (FOLDER / f"{name}.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
         else:
             (FOLDER / f"{name}.jsonl").write_bytes(content)

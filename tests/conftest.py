@@ -44,10 +44,11 @@ def forget_compiled():
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    """A run sets its own handler of Ctrl-C; here it must not outlive the run."""
-    handler = signal.getsignal(signal.SIGINT)
+    """A run sets its own handlers of Ctrl-C and SIGTERM; here they must not outlive the run."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -88,15 +89,20 @@ def float64():
 
 @pytest.fixture
 def error_line(capsys):
-    """error_line(f, *args) -> the one line that f(*args) ends with, exit status 2 checked."""
+    """error_line(f, *args) -> the one line that f(*args) ends with, exit status 2 checked.
 
-    def call(function, *args):
+    With traceback_of, a traceback of that file, the user's own, stands before it.
+    """
+
+    def call(function, *args, traceback_of=None):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             function(*args)
-        message = capsys.readouterr().err
+        *before, message = capsys.readouterr().err.splitlines(True)
         assert stop.value.code == 2
-        assert message.startswith("error: ") and message.count("\n") == 1, message
+        assert message.startswith("error: ") and message.endswith("\n"), message
+        assert bool(before) == bool(traceback_of), before
+        assert not before or str(traceback_of) in "".join(before)
         return message
 
     return call

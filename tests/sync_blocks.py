@@ -38,6 +38,7 @@ DIFFERENT_IN = {
     ("sharded", "RunFolder.__doc__"): "says who writes what",
     ("sharded", "RunFolder.__init__"): "a run may go on on another mesh; process 0 writes the logs",
     ("sharded", "RunFolder.start"): "reads a checkpoint with Orbax, each process its shards",
+    ("sharded", "RunFolder.must_save"): "all processes stop at the same step",
     ("sharded", "RunFolder.save"): "writes a checkpoint with Orbax, each process its shards",
     ("sharded", "RunFolder.checkpoint_step"): "the name of a folder, not the header of a file",
 }

@@ -1,18 +1,25 @@
 """Bad input to the training scripts: one sentence, exit status 2; and --help."""
 
 import dataclasses
+import functools
+import gzip
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_runs import (
     ALL,
     DATA,
+    REVIEWS,
     ROOT,
     Crash,
     each_of,
@@ -25,8 +32,10 @@ from test_runs import (
 )
 
 import dpo
+import gpt2
 import grpo
 import iterative_dpo
+import mixed_precision
 import ppo
 import reward
 import sft
@@ -40,16 +49,24 @@ GROUPED = (grpo, iterative_dpo, sharded)
 POLICY_GRADIENTS = (ppo, grpo, sharded)
 PAIRS = (dpo, iterative_dpo)
 REWARDS = """
+import functools, sys
+import neighbour
 def short(completions, **_): return [1.0]
 def broken(completions, **_): return [1 / 0 for _ in completions]
 def nan(completions, **_): return [float("nan")] * len(completions)
-def words(completions, **_): return ["good"] * len(completions)
-def needs(completions, **_): return [1.0] * len(completions) + answer
 def none(completions, **_): return [None] * len(completions)
 def one(completions, **_): return [1.0] * len(completions)
 def index(completions, number, **_): return [n / 10 for n in number]
 def by_prompt(prompts, **_): return [len(prompt) for prompt in prompts]
 def strict(prompts, completions): return [1.0] * len(completions)
+def leaves(completions, **_): sys.exit(0)
+no_function = {"good"}
+class Object:
+    def __call__(self, completions, **_): return [len(text) for text in completions]
+instance = Object()
+def times(completions, by, **_): return [by * len(text) for text in completions]
+partial = functools.partial(times, by=1)
+def elsewhere(completions, **_): return map(neighbour.length, completions)
 """
 
 
@@ -73,11 +90,19 @@ def inputs(tmp_path_factory):
     last = saved["model"]["merges"].pop()
     del saved["model"]["vocab"]["".join(last if isinstance(last, list) else last.split(" "))]
     (folder / "foreign" / "tokenizer.json").write_text(json.dumps(saved), "utf-8")
+    eos_id, pad_id = config.eos_token_id, config.pad_token_id  # whose PAD is the other's EOS
+    swapped = dataclasses.replace(config, eos_token_id=pad_id, pad_token_id=eos_id)
+    sft.save_model(folder / "swapped", swapped, scorer, folder / "lm")
+    text = (folder / "lm" / "tokenizer.json").read_text("utf-8")
+    for token, other in ((eos_id, "x"), (pad_id, eos_id), ("x", pad_id)):
+        text = text.replace(f'"id": {token},', f'"id": {other},')
+    (folder / "swapped" / "tokenizer.json").write_text(text, "utf-8")
     return folder
 
 
 @pytest.fixture
 def rewards(tmp_path):
+    (tmp_path / "neighbour.py").write_text("length = len")
     path = tmp_path / "my_rewards.py"
     path.write_text(REWARDS)
     return path
@@ -88,9 +113,10 @@ def refused(inputs, tmp_path, error_line, monkeypatch):
     """refused(script, **changes) -> the line by which the script refuses these arguments."""
     monkeypatch.chdir(tmp_path)
 
-    def call(script, **changes):
+    def call(script, traceback_of=None, **changes):
         changes = {"model": str(inputs / "lm")} | changes
-        message = error_line(script.main, small_args(script, inputs, "run", **changes))
+        args = small_args(script, inputs, "run", **changes)
+        message = error_line(script.main, args, traceback_of=traceback_of)
         assert not (tmp_path / "run" / "model").exists()
         return message
 
@@ -118,28 +144,113 @@ def test_a_file_that_cannot_be_read(script, flag, refused, tmp_path):
     path.write_text("")
     assert f"{path} holds no rows" in refused(script, **{flag: str(path)})
 
+    form = ", ".join(f'"{name}": "…"' for name in fields_of(script))
     lines = [json.dumps(row) for row in rows_of(script)]
     row = json.loads(lines[4])
-    bad = [(lines[4][:-9], "not JSON"), ("7", "not an object")]
+    bad = [(lines[4][:-9], "JSONDecodeError"), ("7", "is no object")]
     if flag == "dataset":
-        bad += [(line, "not an object") for line in ("[1, 2]", '"text"', "null")]
+        bad += [(line, "is no object") for line in ("[1, 2]", '"text"', "null")]
         for name in fields_of(script):
             lacking = {other: text for other, text in row.items() if other != name}
-            wrong = [lacking, row | {name: ["a", "list"]}]
+            chat = [{"role": "user", "content": "Hi"}]
+            wrong = [lacking, row | {name: chat}, row | {name: None}]
             wrong += [row | {name: ""}] if name != "prompt" else []
-            bad += [(json.dumps(row), f'"{name}" is missing, empty or not') for row in wrong]
+            bad += [(json.dumps(row), f'"{name}" is missing, empty or no text') for row in wrong]
     for line, words in bad:
         path.write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n", "utf-8")
         message = refused(script, **{flag: str(path)})
         assert f"{path}, line 5" in message and words in message
+        assert f"wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}" in message
 
 
-def test_a_margin_that_is_no_number(refused, tmp_path):
-    rows = rows_of(reward)
-    rows[1]["margin"] = "large"
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+TWO_ROWS = [{"prompt": "né\u2028", "completion": " b"}, {"prompt": "", "completion": " d"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO_ROWS)
+ZIPPED = gzip.compress(LINES.encode())
+READ = {  # ways to write these rows
+    "plain.jsonl": LINES.encode(),
+    "byte_order_mark.jsonl": LINES.encode("utf-8-sig"),
+    "crlf.jsonl": LINES.replace("\n", "\r\n").encode(),
+    "blank_lines.jsonl": ("\n" + LINES.replace("\n", "\n \n") + "\t\n\n").encode(),
+    "no_last_newline.jsonl": LINES.rstrip("\n").encode(),
+    "zipped.jsonl.gz": ZIPPED,
+    "two_members.jsonl.gz": gzip.compress(LINES[:30].encode("utf-8-sig"))
+    + gzip.compress(LINES[30:].encode()),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_ways_to_write_rows(name, tmp_path):
+    (tmp_path / name).write_bytes(READ[name])
+    assert sft.read_jsonl(tmp_path / name, ["prompt", "completion"]) == TWO_ROWS
+
+
+NOT_READ = {
+    "utf16.jsonl": LINES.encode("utf-16"),
+    "utf16_without_a_mark.jsonl": LINES.encode("utf-16-le"),
+    "latin1.jsonl": LINES.replace("\u2028", "").encode("latin-1"),
+    "table.parquet": b"PAR1\x15\x04\x15\x80\xff" + bytes(range(256)),
+    "table.csv": b"prompt,completion\na, b\n",
+    "array.json": json.dumps(TWO_ROWS).encode(),
+    "indented.json": json.dumps(TWO_ROWS, indent=2).encode(),
+    "cut.jsonl.gz": ZIPPED[:-10],
+    "plain_text.jsonl.gz": LINES.encode(),
+    "damaged.jsonl.gz": ZIPPED[:20] + b"\xff" + ZIPPED[21:],
+    "zipped.GZ": ZIPPED,
+    "chat.jsonl": b'{"messages": [{"role": "user", "content": "Hi"}]}',
+    "dialogues.jsonl": b'{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: b"}',
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_files_that_are_no_such_rows(name, tmp_path, error_line):
+    """The sentence says which file, and what is read instead."""
+    (tmp_path / name).write_bytes(NOT_READ[name])
+    message = error_line(sft.read_jsonl, tmp_path / name, ["prompt", "completion"])
+    assert str(tmp_path / name) in message and "wanted: JSON Lines in UTF-8 (or .gz" in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "-Infinity", "9" * 5000, "[" * 100_000 + "]" * 100_000],
+    ids=["NaN", "infinity", "5000 digits", "nested"],
+)
+def test_values_that_json_does_not_have(value, tmp_path, error_line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(LINES + f'{{"prompt": "a", "completion": " b", "margin": {value}}}\n', "utf-8")
+    message = error_line(sft.read_jsonl, path, ["prompt", "completion"])
+    assert f"{path}, line 3" in message and len(message) < 1000
+
+
+def test_columns_are_those_of_the_whole_file(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "7"}, {"prompt": "c", "id": None}]
+    read = grpo.read_jsonl(write_jsonl(tmp_path / "rows.jsonl", rows), ["prompt"])
+    assert read == [{"prompt": "a", "answer": None, "id": None} | row for row in rows]
+
+
+@pytest.mark.parametrize("margin", ['"large"', "true", "[1.0]", "1e400"])
+def test_a_margin_that_is_no_number(margin, refused, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row | {"margin": 0.5} for row in rows_of(reward)])
+    path.write_text(path.read_text("utf-8").replace("0.5", margin, 1), "utf-8")
     message = refused(reward, dataset=str(path))
     assert "margin" in message and str(path) in message
+
+
+def test_a_margin_that_some_rows_lack_is_0_there(refused, inputs, tmp_path, monkeypatch):
+    rows = rows_of(reward)
+    rows[1]["margin"], found = 0.5, []
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    make_batch = reward.make_batch
+
+    def watched(rows, max_length, margins):
+        found.extend(margins.tolist())
+        if len(found) > 8:
+            raise Crash
+        return make_batch(rows, max_length, margins)
+
+    monkeypatch.setattr(reward, "make_batch", watched)
+    with pytest.raises(Crash):
+        reward.main(small_args(reward, inputs, tmp_path / "run", dataset=str(path), batch_size=6))
+    assert sorted(found) == [0.0] * 11 + [0.5]
 
 
 @each_script
@@ -151,17 +262,13 @@ def test_too_few_rows_for_a_batch(script, refused, tmp_path):
 
 
 @each_script
-def test_rows_that_are_too_long_are_dropped(script, refused, inputs, tmp_path, capsys, monkeypatch):
-    """They are counted, and nothing is shortened; the run stops where none is left."""
-    for flag in ["max_prompt_length", "max_completion_length"][: len(fields_of(script))]:
-        assert f"--{flag.replace('_', '-')} 2" in refused(script, **{flag: 2})
-
+def test_rows_that_are_too_long(script, refused, inputs, tmp_path, capsys, monkeypatch):
+    """Up to a tenth is dropped and counted, and nothing is shortened; with more the run stops."""
     _, *answers = fields_of(script)
-    rows = rows_of(script)
-    rows[3]["prompt"] = rows[7]["prompt"] = "word " * 40
-    for i, name in enumerate(answers):
-        rows[i][name] = " word" * 100
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    rows = first_rows(f"{DATA.get(script, 'prompts')}_train", 22)
+    long = {"prompt": "word " * 40} | {name: " word" * 100 for name in answers}
+    for i, name in zip((3, 7), [*long, "prompt"]):
+        rows[i][name] = long[name]
     found, encode_rows = [], script.encode_rows
 
     def watched(*rest):
@@ -169,20 +276,137 @@ def test_rows_that_are_too_long_are_dropped(script, refused, inputs, tmp_path, c
         return found[-1]
 
     monkeypatch.setattr(script, "encode_rows", watched)
-    paths = {"dataset": str(path), "eval_dataset": str(path), "model": str(inputs / "lm")}
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    paths = {"dataset": path, "eval_dataset": path, "model": str(inputs / "lm")}
     capsys.readouterr()
     with pytest.raises(SystemExit):  # the batch cannot be filled
         script.main(small_args(script, inputs, "run", batch_size=32, **paths))
-    fitting = [row for i, row in enumerate(rows) if i >= len(answers) and i not in (3, 7)]
-    count = f"{12 - len(fitting)} of 12 rows dropped: longer than --max-prompt-length 16 or --max-c"
-    lines = capsys.readouterr().out.splitlines()
+    count = "dropped: 2 of 22 rows are longer than --max-prompt-length 16 --max-completion-length"
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("dropped")]
     assert len(lines) == 2 and all(line.startswith(count) for line in lines), lines
     decode = sft.load_tokenizer(inputs / "lm").decode
     for kept in found:
-        assert [row for row, _ in kept] == fitting
+        assert [row for row, _ in kept] == [row for i, row in enumerate(rows) if i not in (3, 7)]
         for row, (prompt, *texts) in kept:
             assert decode(prompt) == row["prompt"]
             assert list(map(decode, texts)) == [row[name] + "<|endoftext|>" for name in answers]
+
+    rows[11] = rows[12] | long
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    for flag in ("dataset", "eval_dataset"):
+        message = refused(script, **{flag: path})
+        assert "3 of 22 rows are longer than --max-prompt-length 16 --max-co" in message
+        assert re.search(
+            r"; --max-prompt-length \d+ --max-completion-length \d+ keeps 95 %", message
+        )
+
+
+@pytest.mark.parametrize("answers", [[], ["completion"], ["chosen", "rejected"]])
+def test_the_lengths_that_are_named_keep_the_rows(answers, error_line):
+    """Followed, they keep 95 % of the rows, or all of them."""
+    tokenizer = sft.load_tokenizer(REVIEWS / "tokenizer")
+    rng = np.random.default_rng(len(answers))
+    lengths = rng.lognormal(3, 0.7, (300, 1 + len(answers))).astype(int)
+    rows = [dict(zip(["prompt", *answers], ("a" * n for n in row))) for row in lengths]
+
+    def encode(prompt, completion):
+        args = SimpleNamespace(max_prompt_length=prompt, max_completion_length=completion)
+        return sft.encode_rows(rows, answers, tokenizer, tokenizer.eot_token, args)
+
+    message = error_line(encode, 16, 48 if answers else 1)
+    flags = r"--max-prompt-length (\d+) --max-completion-length (\d+)"
+    pattern = rf"are longer than {flags}; {flags} keeps 95 % of them, {flags} all\n"
+    numbers = list(map(int, re.search(pattern, message).groups()))
+    assert 285 <= len(encode(*numbers[2:4])) < 300 and len(encode(*numbers[4:])) == 300
+    assert answers or numbers[3] == numbers[5] == 1  # the limit that is no hindrance stays
+
+
+def test_texts_that_are_read_otherwise_than_one_may_think(capsys):
+    """Special tokens that are spelled out, and prompts that end in white space: said, once each."""
+    tokenizer = sft.load_tokenizer(REVIEWS / "tokenizer")
+    rows = [{"prompt": "Hi ", "completion": "b"}, {"prompt": "x\n", "completion": "c"}]
+    rows += [{"prompt": "x", "completion": " the<|endoftext|>"}, {"prompt": "", "completion": "b"}]
+    args = SimpleNamespace(max_prompt_length=50, max_completion_length=50)
+    encoded = sft.encode_rows(rows, ["completion"], tokenizer, tokenizer.eot_token, args)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "1 rows spell a special token" in first and "<|endoftext|>" in first
+    assert "2 of 4 prompts end in white space" in second
+    *ids, last = encoded[2][1][1]
+    assert len(ids) > 2 and tokenizer.eot_token not in ids and last == tokenizer.eot_token
+    sft.encode_rows(rows[3:], ["completion"], tokenizer, tokenizer.eot_token, args)
+    assert capsys.readouterr().out == ""
+
+
+def test_texts_that_are_too_much_for_tiktoken():
+    """A million blanks end the process there; half a character is replaced."""
+    tokenizer = sft.load_tokenizer(REVIEWS / "tokenizer")
+    text = "the film" + " " * 1_000_000 + "was good"
+    assert tokenizer.decode(sft.encode_text(tokenizer, text)) == text
+    ((_, (_, ids)),) = sft.encode_texts([{"text": text}], tokenizer, tokenizer.eot_token, 10**7)
+    assert tokenizer.decode(ids[:-1]) == text
+    assert tokenizer.decode(sft.encode_text(tokenizer, "a\ud800b")) == "a\ufffdb"
+
+
+@each_script
+def test_without_a_held_out_file_it_is_the_end_of_one_s_own(script, inputs, tmp_path, monkeypatch):
+    """The last twentieth, never the film reviews; with those it is their test file."""
+    fields = fields_of(script)
+    rows = [{name: f"{name} {i}" for name in fields} | {"id": i} for i in range(47)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    found = []
+
+    def stop(rows, *_):
+        found.append(rows)
+        if len(found) == 2:
+            raise Crash
+        return []
+
+    def read(**changes):
+        found.clear()
+        paths = {"eval_dataset": None, "model": str(inputs / "lm")} | changes
+        with pytest.raises(Crash):
+            script.main(small_args(script, inputs, tmp_path / "run", **paths))
+        return found
+
+    monkeypatch.setattr(script, "encode_rows", stop)
+    assert read(dataset=path) == [rows[:44], rows[44:]]
+    assert [len(x) for x in read(dataset=path, eval_dataset=path)] == [47, 47]
+    monkeypatch.chdir(ROOT)
+    defaults = script.Args()
+    _, held_out = read(dataset=defaults.dataset)
+    name = Path(defaults.dataset).name.replace("train", "test").removesuffix(".gz")
+    assert held_out == script.read_jsonl(REVIEWS / name, fields)
+
+
+def test_the_held_out_end_has_256_rows_at_most_and_leaves_one(tmp_path, error_line, capsys):
+    def read(count):
+        rows = [{"prompt": str(i)} for i in range(count)]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        return grpo.read_data(grpo.Args(dataset=str(path)), ["prompt"])
+
+    for count, held_out in ((2, 1), (20, 1), (21, 2), (6000, 256)):
+        assert [len(rows) for rows in read(count)] == [count - held_out, held_out]
+        said = capsys.readouterr().out
+        assert f"held out: {held_out} of the end of {tmp_path}/rows.jsonl" in said
+    assert "--eval-dataset" in error_line(read, 1)
+
+
+def test_the_embedded_data_are_known_however_their_path_is_spelled(tmp_path, monkeypatch):
+    """Below a folder whose name says "train", too; other files of that folder are one's own."""
+    folder = tmp_path / "train" / "reviews"
+    folder.mkdir(parents=True)
+    rows = [{"prompt": str(i)} for i in range(4)]
+    counts = {"prompts_train": 4, "prompts_test": 3, "own": 2}
+    for name, count in counts.items():
+        write_jsonl(folder / f"{name}.jsonl", rows[:count])
+    monkeypatch.setattr(grpo, "EMBEDDED", folder)
+    monkeypatch.chdir(folder.parent)
+    for path in (f"{folder}/prompts_train.jsonl", "reviews/../reviews/prompts_train.jsonl"):
+        found = grpo.read_data(grpo.Args(dataset=path), ["prompt"])
+        assert list(map(len, found)) == [4, 3]
+    for name in ("prompts_test", "own"):
+        found = grpo.read_data(grpo.Args(dataset=f"{folder}/{name}.jsonl"), ["prompt"])
+        assert sum(found, []) == rows[: counts[name]]
 
 
 # ------------------------------------------------------------------------------ models
@@ -204,6 +428,7 @@ MODELS = {  # folder: flag, words of the message
     "lm": ("reward_model", ["lm has no score", "not a reward model"]),
     "short": ("reward_model", ["24 tokens", "20 positions"]),  # it reads whole sequences, too
     "foreign": ("reward_model", ["the tokenizers of", "foreign", "differ"]),
+    "swapped": ("reward_model", ["the tokenizers of", "swapped", "differ"]),
 }
 
 
@@ -219,38 +444,46 @@ def test_a_model_that_does_not_fit(script, name, refused, inputs):
 # ------------------------------------------------------------------------------ flags
 
 
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    seed: int = 0
-    warmup_steps: int = 8
-    steps: int = 3
-    every: int | None = None
-    resume: bool = False
-    rate: float = 1.0
+# Numeric flags for which 0 means something, and those for which a number below 0 does.
+FROM_0 = {"seed", "warmup_steps", "process_id", "learning_rate", "weight_decay", "temperature"}
+FROM_0 |= {"kl_coef", "vf_coef", "entropy_coef", "center_coef", "nll_coef", "missing_eos_penalty"}
+FROM_0 |= {"label_smoothing", "clip_eps", "clip_eps_high", "value_clip_eps", "gamma", "lam"}
+FROM_0 |= {"top_k"}
+ANY = {"reward_weight", "data", "fsdp", "tensor"}  # the last three: make_mesh
+TO_1 = {"gamma", "lam", "ref_mixup_alpha", "top_p"}
 
 
-def test_an_int_whose_default_is_0_may_be_0(error_line):
-    sft.check_ranges(Flags())
-    sft.check_ranges(Flags(seed=0, warmup_steps=0, steps=1, every=1, rate=0.0))
-    for name, value in ("seed", -1), ("warmup_steps", -1), ("steps", 0), ("every", 0):
-        message = error_line(sft.check_ranges, Flags(**{name: value}))
-        assert message == f"error: --{name.replace('_', '-')} must be at least {value + 1}\n"
+@pytest.mark.parametrize("script", [gpt2, *ALL], ids=lambda script: script.__name__)
+def test_numbers_that_make_no_sense(script, error_line):
+    """For each numeric flag: out of its range, not finite, or more than an int32 holds."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(script.Args)}
+    kinds = {name: re.search(r"int|float", kind) for name, kind in fields.items()}
+    kinds = {name: kind.group() for name, kind in kinds.items() if kind}
+    assert len(kinds) >= 7 and {"seed", "temperature", "batch_size"} <= kinds.keys()
+    for name, kind in kinds.items():
+        wrong = [math.inf, -math.inf, math.nan] if kind == "float" else [2**63, 10**400]
+        wrong += [-1] * (name not in ANY) + [0] * (name not in FROM_0 | ANY) + [2] * (name in TO_1)
+        for value in wrong:
+            value = (1.0, value) if name == "reward_weight" else value
+            value = float(value) if value in (-1, 0, 2) and kind == "float" else value
+            message = error_line(script.check_flags, script.Args(**{name: value}))
+            assert message.startswith(f"error: --{name.replace('_', '-')} must be from "), message
+        right = [0] * (name in FROM_0) + [1] + [-1] * (name in ANY)
+        for value in right:
+            value = (1.0, value) if name == "reward_weight" else value
+            script.check_flags(script.Args(**{name: value}))
+    script.check_flags(script.Args())
+
+
+@pytest.mark.parametrize("script", [gpt2, *ALL], ids=lambda script: script.__name__)
+def test_64_bit_floats_are_refused(script, error_line, float64):
+    assert "JAX_ENABLE_X64" in error_line(script.check_flags, script.Args())
 
 
 @each_script
-def test_sizes_and_intervals_of_0(script, refused):
-    flags = {field.name for field in dataclasses.fields(script.Args) if type(field.default) is int}
-    flags -= {"seed", "warmup_steps", "data", "fsdp", "tensor"}
-    flags |= {"ref_sync_steps"} if script in (grpo, sharded) else set()
-    assert {"batch_size", "micro_batch_size", "log_every", "eval_every", "save_every"} <= flags
-    for name in flags:
-        message = refused(script, **{name: 0})
-        assert f"--{name.replace('_', '-')} must be at least 1" in message
-
-
-@each_script
-def test_the_defaults_are_allowed(script):
-    script.check_ranges(script.Args())
+def test_a_number_out_of_its_range_ends_the_script(script, refused):
+    for name, value in (("max_grad_norm", 0.0), ("learning_rate", -1.0), ("seed", -1)):
+        assert f"--{name.replace('_', '-')} must be from " in refused(script, **{name: value})
 
 
 LONG = {"max_prompt_length": 40, "max_completion_length": 25}
@@ -258,23 +491,24 @@ FLAGS = [  # scripts, changes, what the message says
     (ALL, {"micro_batch_size": 3}, "--micro-batch-size.* does not divide --batch-size 8"),
     (ALL, LONG, "--max-prompt-length .*--max-completion-length.* 65 tokens.* 64 positions"),
     (ALL, {"temperature": 0.0}, "--temperature must be above 0"),
+    ((sft, mixed_precision), {"n_head": 3}, "--n-head does not divide --n-embd"),
     (POLICY_GRADIENTS, {"num_minibatches": 3}, "--num-minibatches 3"),
     (POLICY_GRADIENTS, {"num_minibatches": 4}, "--micro-batch-size 4"),  # minibatches of 2
-    (GROUPED, {"num_generations": 1}, "--num-generations must be"),  # nothing to compare with
+    # One alone has nothing to be compared with, and no spread.
+    ((*GROUPED, reward), {"num_generations": 1}, "--num-generations must be"),
     (GRPO, {"num_generations": 3}, "--num-generations 3 .*--batch-size 8"),
     # Drawn labels are of two; pairs that fill no batch would have been sampled for nothing.
     ([iterative_dpo], {"num_generations": 3}, "--num-generations must be 2.*--pair best-worst"),
     ([iterative_dpo], {"prompts_per_round": 20}, "--batch-size .*--prompts-per-round 20"),
-    # A beta of 0 has no reference, and labels that are more often wrong than right are others.
-    (PAIRS, {"beta": 0.0}, "--beta must be above 0"),
-    (PAIRS, {"label_smoothing": -0.1}, "--label-smoothing must be at least 0"),
+    # Labels that are more often wrong than right are others.
     (PAIRS, {"label_smoothing": 0.5}, "--label-smoothing must be .*below 0.5"),
     (PAIRS, {"loss": "ipo", "label_smoothing": 0.1}, "--label-smoothing .*--loss sigmoid"),
     (PAIRS, {"loss": "hinge", "label_smoothing": 0.1}, "--label-smoothing .*--loss sigmoid"),
-    ([ppo], {"kl_target": 0.0}, "--kl-target must be above 0"),
-    (GRPO, {"ref_mixup_alpha": 0.0}, "--ref-mixup-alpha must be above 0"),
+    ([ppo], {"kl_target": 0.1, "kl_coef": 0.0}, "--kl-coef"),  # which the steering multiplies
     (SAMPLERS, {"reward": ("absent.py:f",)}, "absent.py"),
     (SAMPLERS, {"reward": ("good",)}, "good: a reward is given as file.py:function"),
+    (SAMPLERS, {"reward": (f"{ROOT}/README.md:f",)}, "README.md:f: a reward is given as file.py"),
+    (SAMPLERS, {"reward": (f"{ROOT}/rewards.py:GOOD",)}, "rewards.py has no function GOOD"),
     (SAMPLERS, {"reward_weight": (1.0,)}, "0 times --reward, but 1 times --reward-weight"),
 ]
 
@@ -287,14 +521,64 @@ def test_flags_that_do_not_fit(script, refused):
             assert re.search(words, message), (changes, message)
 
 
-FAILING = {
-    "broken": ["broken", "ZeroDivisionError"],
-    "short": ["short", "12"],
-    "nan": ["nan", "finite"],
-    "needs": ["needs", "NameError"],
-    "words": ["words", "ValueError"],
-    "absent": ["my_rewards.py", "absent"],
-    "strict": ["strict", "stars"],  # TRL's rule: a function accepts the columns it does not use
+def answers(value):
+    """A reward function that returns this."""
+    return lambda prompts, completions, **_: value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0],
+        1.0,
+        None,
+        {0: 1.0, 1: 2.0, 2: 3.0},
+        ["1.5"] * 3,
+        ["good"] * 3,
+        [[1.0]] * 3,
+        [[1.0], 2.0, 3.0],
+        [1.0, float("nan"), 2.0],
+        [1.0, np.nan, None],
+        np.array([1.0, np.nan, 2.0]),
+        [math.inf] * 3,
+        [1j] * 3,
+        [10**400] * 3,
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_scores(value, capsys):
+    """The right number of finite numbers, or None: else the line names the function."""
+    with pytest.raises(SystemExit) as stop:
+        ppo.call_reward(answers(value), [{"prompt": "a"}] * 3, ["b"] * 3)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert message.startswith("error: the reward function <lambda> ") and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (1, True, None),
+        iter([1, 1.0, None]),
+        np.array([1, 1, None]),
+        [jnp.float32(1), np.int64(1), None],
+    ],
+    ids=str,
+)
+def test_what_is_a_list_of_scores(value):
+    found = ppo.call_reward(answers(value), [{"prompt": "a"}] * 3, ["b"] * 3)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [1, 1, np.nan])
+
+
+FAILING = {  # function: words of the message, and whether a traceback stands before it
+    "broken": ("broken raised ZeroDivisionError", True),
+    "strict": ("strict raised TypeError.*stars", True),  # TRL's rule: other columns are accepted
+    "leaves": ("leaves raised SystemExit", True),  # a status of 0 would say that all is well
+    "absent": ("my_rewards.py has no function absent", False),
+    "no_function": ("my_rewards.py has no function no_function", False),
+    "short": ("short must return 12 numbers, not .1.0.", False),
+    "nan": ("nan returned .nan.: no finite number", False),
 }
 
 
@@ -302,45 +586,242 @@ FAILING = {
 def test_reward_functions_that_fail(function, refused, rewards, tmp_path):
     rows = [row | {"stars": 4} for row in first_rows("prompts_test", 12)]
     path = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    message = refused(ppo, reward=(f"{rewards}:{function}",), eval_dataset=str(path))
-    assert all(word in message for word in FAILING[function])
+    words, traceback = FAILING[function]
+    changes = {"reward": (f"{rewards}:{function}",), "eval_dataset": str(path)}
+    message = refused(ppo, traceback_of=rewards if traceback else None, **changes)
+    assert re.search(words, message), message
 
 
 @each_of(*SAMPLERS, dpo)
 def test_reward_functions_that_fail_elsewhere(script, refused, rewards):
-    changes = [{"gold": f"{rewards}:nan"}]
+    changes = [{"gold": f"{rewards}:leaves"}]
     if script is not dpo:
-        changes += [{"reward": (f"{rewards}:nan",), "reward_model": None}]
+        changes += [{"reward": (f"{rewards}:leaves",), "reward_model": None}]
     for change in changes:
-        message = refused(script, overwrite=True, **change)
-        assert all(word in message for word in FAILING["nan"])
+        message = refused(script, traceback_of=rewards, overwrite=True, **change)
+        assert "leaves raised SystemExit" in message
 
 
-def test_a_reward_file_that_fails(refused, tmp_path):
-    (tmp_path / "syntax.py").write_text("def f(:\n")
-    assert "syntax.py" in refused(ppo, reward=(f"{tmp_path}/syntax.py:f",))
+@pytest.mark.parametrize("text", ["def f(:", "import no_such_module", "import sys; sys.exit(0)"])
+def test_a_reward_file_that_fails(text, refused, tmp_path):
+    path = tmp_path / "failing.py"
+    path.write_text(text)
+    message = refused(ppo, traceback_of=path, reward=(f"{path}:f",))
+    assert f"{path} cannot be imported" in message
+
+
+@pytest.mark.parametrize("name", ["one", "instance", "partial", "elsewhere"])
+def test_what_can_be_called_is_a_reward(name, rewards):
+    """A function, an object, a functools.partial, and one that imports its neighbour."""
+    found = ppo.call_reward(ppo.load_function(f"{rewards}:{name}"), [{"prompt": ""}], ["a"])
+    assert found.tolist() == [1.0]
+
+
+WITH_CLASSES = """
+from __future__ import annotations
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+import multiprocessing
+@dataclass
+class Weights:
+    length: float = 0.5
+def one(text): return Weights().length * len(text)
+def score(prompts, completions, **_):
+    context = multiprocessing.get_context("{}")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        return list(pool.map(one, completions))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_reward_file_with_dataclasses_and_processes(method, tmp_path):
+    """Both want the module in sys.modules; a second function of the file changes nothing."""
+    path = tmp_path / f"rewards_by_{method}.py"
+    path.write_text(WITH_CLASSES.format(method))
+    functions = [ppo.load_function(f"{path}:score") for _ in range(2)]
+    for function in functions:
+        found = ppo.call_reward(function, [{"prompt": ""}] * 3, ["a", "bc", "def"])
+        assert found.tolist() == [0.5, 1.0, 1.5]
+
+
+ROUND = """
+import json, pathlib
+def index(completions, number, **_): return [n / 10 for n in number]
+def some(completions, number, **_): return [None if n % 2 else 1.0 for n in number]
+def never(completions, **_): return [None] * len(completions)
+def looks(**columns):
+    pathlib.Path(__file__).with_name("seen.json").write_text(json.dumps(columns))
+    return [100.0] * len(columns["prompts"])
+"""
 
 
 @each_of(*SAMPLERS)
-def test_rewards_are_weighted_and_none_counts_nothing(
-    script, inputs, rewards, tmp_path, monkeypatch
-):
-    """Three functions add up, and get the data's columns. The run ends after the first samples."""
+def test_rewards_of_a_run(script, inputs, tmp_path, monkeypatch):
+    """They add up by their weights and get the data's columns; each is logged by its name.
 
-    def crash(*_):
+    A column that is named as what the trainer passes does not come in its place. A weight of 0 only
+    logs. The run ends after the first samples.
+    """
+    logged = []
+
+    def stop(run, step, metrics, *_):
+        logged.append(metrics)
         raise Crash
 
-    monkeypatch.setattr(script.RunFolder, "log", crash)
-    rows = [row | {"number": i} for i, row in enumerate(first_rows("prompts_test", 12))]
+    monkeypatch.setattr(script.RunFolder, "log", stop)
+    names = {"prompts": "x", "completions": "y", "completion_ids": "z", "completion": "w"}
+    rows = [row | names | {"number": i} for i, row in enumerate(first_rows("prompts_test", 12))]
+    del rows[5]["completion"]
     path = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    changes = {"eval_dataset": str(path), "reward_model": None, "missing_eos_penalty": 0.25}
-    functions = tuple(f"{rewards}:{name}" for name in ("index", "none", "one"))
-    weights = {"reward": functions, "reward_weight": (3.0, 5.0, 7.0)}
+    (tmp_path / "f.py").write_text(ROUND)
+    functions = tuple(f"{tmp_path}/f.py:{name}" for name in ("index", "some", "never", "looks"))
+    changes = {"reward": functions, "reward_weight": (3.0, 5.0, 7.0, 0.0), "reward_model": None}
+    changes |= {"eval_dataset": str(path), "missing_eos_penalty": 0.25}
     with pytest.raises(Crash):
-        script.main(small_args(script, inputs, tmp_path / "run", **changes, **weights))
+        script.main(small_args(script, inputs, tmp_path / "run", **changes))
+    count = 8 if script is sharded else 12  # what its devices can share
     samples = map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines())
-    bonus = [round(sample["reward"] - 0.3 * i - 7, 5) for i, sample in enumerate(samples)]
-    assert len(bonus) == 8 and set(bonus) <= {0.0, -0.25} and -0.25 in bonus
+    samples = list(samples)
+    bonus = [sample["reward"] - 0.3 * i - 5.0 * (i % 2 == 0) for i, sample in enumerate(samples)]
+    assert len(bonus) == 8 and {round(x, 5) for x in bonus} == {0.0, -0.25}
+    assert [x["rewards/some"] for x in samples] == [1.0, None] * 4
+    assert all(x["rewards/never"] is None and x["rewards/looks"] == 100 for x in samples)
+
+    (metrics,) = logged
+    numbers = np.arange(count) / 10
+    expected = {"index/mean": numbers.mean(), "index/std": numbers.std(ddof=1), "some/mean": 1.0}
+    expected |= {"some/std": 0.0, "looks/mean": 100.0, "looks/std": 0.0}
+    found = {k.split("rewards/")[1]: x for k, x in metrics.items() if "rewards/" in k}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["prompts"] == [row["prompt"] for row in rows[:count]]
+    assert seen["completions"][:8] == [sample["completion"] for sample in samples]
+    assert seen["completion"] == ["w"] * 5 + [None] + ["w"] * (count - 6)
+    tokenizer = script.load_tokenizer(inputs / "lm")
+    eos_id = tokenizer.eot_token
+    for ids, text in zip(seen["completion_ids"], seen["completions"]):
+        assert eos_id not in ids[:-1] and 1 <= len(ids) <= 8
+        assert len(ids) == 8 or ids[-1] == eos_id
+        ids = [i for i in ids if i < eos_id]  # special tokens are no text
+        assert tokenizer.decode(ids) == text
+
+
+@each_of(*SAMPLERS)
+def test_none_takes_no_part_in_the_sum(script):
+    """NaN where no function with a weight applies; a penalty is taken off what there is."""
+    values = {"a": [1, None, None, 2], "b": [10, 20, None, None], "logged": [5, 5, 5, None]}
+    weights = {"a": 1.0, "b": 0.5, "logged": 0.0}
+    functions = [(name, answers(values[name]), weights[name]) for name in values]
+    rewards = script.Rewards(functions, None, None)
+    sampled = SimpleNamespace(ended=np.array([True, False, True, True]))
+    found = script.score(sampled, [{"prompt": "x"}] * 4, ["y"] * 4, rewards, 0.25)
+    np.testing.assert_array_equal(found.pop("reward"), [6.0, 9.75, np.nan, 2.0])
+    expected = {f"rewards/{name}": np.array(x, float) for name, x in values.items()}
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x)
+    with pytest.raises(SystemExit):
+        args = script.Args(reward=(f"{ROOT}/rewards.py:repetition_penalty",), reward_weight=(0.0,))
+        script.load_rewards(args, None, 0)
+
+
+def test_two_functions_of_one_name_are_two_columns(tmp_path):
+    """One is not written over by the other."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text("def score(completions, **_): return [1.0]")
+    args = grpo.Args(reward=(f"{tmp_path}/a.py:score", f"{tmp_path}/b.py:score"))
+    rewards = grpo.load_rewards(args, None, 0)
+    assert len({name for name, *_ in rewards.functions}) == 2
+
+
+def sampled_by_chance(script, seed):
+    """A Rollout of 8 completions of up to 5 tokens to prompts of 3, out of 11 tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([5, 3, 1, 5, 2, 4, 5, 3])
+    mask = np.arange(8) < 3 + lengths[:, None]
+    logprobs, ref_logprobs = -rng.exponential(size=(2, 8, 5)) * mask[:, 3:]
+    tokens = rng.integers(1, 11, (8, 8)) * mask
+    arrays = (tokens, mask.astype(np.int32), mask[:, 3:] * 1.0, logprobs, ref_logprobs, lengths < 5)
+    as_float = (jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else None) for x in arrays)
+    return script.Rollout(*as_float)
+
+
+@pytest.mark.parametrize("cause", ["no function applies", "truncated"])
+@each_of(ppo, grpo, sharded)
+def test_a_completion_without_a_reward_teaches_nothing(script, cause):
+    """Whatever it is, and its reward, the others' batch is the same; nothing of it is trained on."""
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    config, kind = script.GPT2Config(**sizes), {"batch_size": 8}
+    one = jnp.ones((1, 1), jnp.int32)
+    if script is ppo:
+        if cause == "truncated":
+            pytest.skip("ppo.py has no such flag")
+        critic = script.RewardModel(config).init(jnp.array([0, 1], jnp.uint32), one, one)["params"]
+        state = script.TrainState({"critic": critic}, None, jnp.float32(0.3), None)
+    else:
+        kind |= {"num_generations": 4, "mask_truncated_completions": cause == "truncated"}
+    args = script.Args(**kind)
+    out = np.array([0, 3, 6]) if cause == "truncated" else np.array([1, 6])
+    scores = np.random.default_rng(3).normal(size=8).astype(np.float32)
+
+    def experience(other):
+        """With another completion, and another reward where it has one, in the rows `out`."""
+        sampled, strange = (sampled_by_chance(script, seed) for seed in (0, 1))
+        given = scores.copy()
+        given[out] = np.nan if cause != "truncated" else 100.0
+        if other:
+            mixed = (x.at[out].set(y[out]) for x, y in zip(sampled[:-1], strange))
+            sampled = script.Rollout(*mixed, sampled.ended)
+            given[out] *= -7
+        given = jnp.asarray(given)
+        if script is ppo:
+            return script.make_experience(state, sampled, given, config, args)
+        return script.make_experience(sampled, given, args)
+
+    (batch, _), (other, _) = experience(False), experience(True)
+    kept = np.setdiff1d(np.arange(8), out)
+    for name, x in batch.items():
+        np.testing.assert_array_equal(x[kept], other[name][kept], name)
+        assert np.isfinite(x).all()
+    trained = batch["mask"][:, 3:] if script is ppo else batch["response_mask"]
+    assert not trained[out].any() and trained[kept, 0].all() and not batch["advantages"][out].any()
+    if script is not ppo:
+        known = scores - 0.3 * np.sum(batch["logprobs"] - batch["ref_logprobs"], axis=1)
+        for group in (range(4), range(4, 8)):
+            rows = np.intersect1d(group, kept)
+            expected = known[rows] - known[rows].mean()
+            np.testing.assert_allclose(batch["advantages"][rows], expected, atol=1e-5)
+
+
+def test_groups_in_which_some_or_all_have_no_reward():
+    """Equal scores and a None teach nothing (and not the None that it is bad); nor do one alone."""
+    nan = np.nan
+    rewards = jnp.array([[1, 1, 1, nan], [1, 3, nan, nan], [7, nan, nan, nan], [nan] * 4]).ravel()
+    for scale in (True, False):
+        found = grpo.group_relative_advantage(rewards, 4, scale).reshape(4, 4)
+        step = 0.5**0.5 if scale else 1.0
+        expected = np.zeros((4, 4))
+        expected[1, :2] = -step, step
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    expected[1, :2] = -2, 2
+    found = grpo.leave_one_out_advantage(rewards, 4).reshape(4, 4)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("pair", ["best-worst", "sampled"])
+def test_no_preference_without_two_scores(pair):
+    """Then one answer stands against itself."""
+    nan, rng = np.nan, np.random.default_rng(0)
+    scores = np.array([[3, 9], [nan, 1], [2, nan], [nan, nan]])
+    tokens = np.arange(8)[:, None] + np.array([[0, 0, 10, 20]])  # prompts of 2, responses of 2
+    sampled = SimpleNamespace(tokens=tokens, response_mask=np.ones((8, 2)), logprobs=tokens[:, 2:])
+    prompts = [({}, [[i]]) for i in range(4)]
+    rows, ties = iterative_dpo.make_pairs(prompts, sampled, scores, pair, rng)
+    assert [chosen == rejected for _, chosen, rejected in rows] == [False, True, True, True]
+    assert rows[0] == [[0], [11, 21], [10, 20]] and ties == 0
+    if pair == "best-worst":  # it is one that has a score, where there is one
+        assert rows[1][1] == [13, 23] and rows[2][1] == [14, 24]
 
 
 # ------------------------------------------------------------------------------ the run itself

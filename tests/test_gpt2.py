@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import random
 import shutil
 
@@ -213,6 +214,55 @@ def test_samples_follow_the_softmax(toy, temperature):
     np.testing.assert_allclose(sampled[2].sum(axis=1), joint[first, second], rtol=0, atol=4e-5)
 
 
+SPREAD = np.random.default_rng(0).normal(0, 2, 600)
+FEW = np.where(np.isin(np.arange(600), [3, 255, 520, 521, 599]), SPREAD, -np.inf)
+
+
+def one_likely(size, p):
+    """Logits [V] of a token with probability p, the others alike."""
+    return np.where(np.arange(size) == 20, np.log(p / (1 - p) * (size - 1)), 0.0)
+
+
+def draws(logits, rows, calls):
+    """rows * calls draws of sft.draw_token from one distribution: logits [V]."""
+    logits = jnp.asarray(logits, jnp.float32)
+    draw = jax.jit(lambda key: sft.draw_token(key, jnp.broadcast_to(logits, (rows, len(logits)))))
+    keys = jax.random.split(jax.random.key(5), calls)
+    return np.concatenate([draw(key) for key in keys])
+
+
+@pytest.mark.parametrize(
+    ("logits", "calls"),
+    [(SPREAD[:5], 5), (SPREAD, 5), (FEW, 5), (one_likely(300, 0.99), 16)],
+    ids=["5 tokens", "600 tokens", "most at -inf, a whole block of them", "one of 0.99"],
+)
+def test_draws_follow_the_softmax(logits, calls):
+    """Chi-square over the tokens; each that should come ten times does, one at -inf does not."""
+    found = np.bincount(draws(logits, 20_000, calls), minlength=len(logits))
+    expected = found.sum() * np.exp(log_softmax(logits))
+    assert found[expected > 10].all() and not found[expected == 0].any()
+    rare = expected < 5  # pooled
+    found = np.append(found[~rare], found[rare].sum())
+    expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
+    degrees = len(expected) - 1
+    assert ((found - expected) ** 2 / expected).sum() < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_every_token_of_a_large_vocabulary_can_be_drawn():
+    """GPT-2's 50257 tokens, one of probability 0.998: the others come as often as they should.
+
+    So do those among them that no uniform float32 number can reach in a cumulative sum.
+    """
+    logits = one_likely(50_257, 0.998)
+    sums = np.cumsum(np.exp(log_softmax(logits)).astype(np.float32), dtype=np.float32)
+    reached = np.searchsorted(sums, np.arange(2**23, dtype=np.float32) / 2**23, side="right")
+    never = ~np.isin(np.arange(50_257), reached)
+    assert 0.6 < never.mean() < 0.7
+    drawn = draws(logits, 250, 40)
+    for found, p in ((drawn != 20, 0.002), (never[drawn], 0.002 * never.mean())):
+        assert abs(found.sum() - 10_000 * p) < 3.5 * (10_000 * p) ** 0.5
+
+
 def test_keys_and_padding_of_the_batch(toy):
     """Another key gives other samples; a batch padded more gives the same ones."""
     prompts = np.array([[0, 4, 5], [1, 2, 3]], np.int32)
@@ -304,10 +354,9 @@ def older_buffers(tensors):
     [
         lambda tensors: {name.removeprefix("transformer."): x for name, x in tensors.items()},
         older_buffers,
-        # The config says that the head is wte, so whatever stands in the file is not read.
-        lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1},
+        lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"]},
     ],
-    ids=["keys without the prefix", "buffers of older files", "a head in a tied file"],
+    ids=["keys without the prefix", "buffers of older files", "wte twice in a tied file"],
 )
 def test_other_files_are_read_as_the_same_model(tmp_path, tiny, tensors, change):
     config, params = load_model(write_folder(tmp_path, change(tensors)))
@@ -323,6 +372,17 @@ def test_untied_head(tmp_path, tensors, goldens):
     tokens = golden["full_input_ids"]
     logits = forward(*model, tokens, np.ones_like(tokens))
     np.testing.assert_allclose(logits, golden["full_final_hidden_f64"] @ head.T, rtol=0, atol=1e-4)
+
+
+def test_weights_in_several_files(tmp_path, tiny, tensors):
+    """As large models come; the .bin files that may lie beside them are no matter."""
+    folder, names = write_folder(tmp_path, tensors), sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"another format")
+    for i, part in enumerate((names[:5], names[5:])):
+        part = {name: tensors[name] for name in part}
+        save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors")
+    assert_equal_trees(load_model(folder)[1], tiny[1])
 
 
 @pytest.mark.parametrize("source", [TINY, REWARD_TINY], ids=["language model", "reward model"])
@@ -405,11 +465,61 @@ UNCHANGED = dict  # a copy
             {"n_inner": 48},
             ("h.1.mlp.c_fc.weight", "(64, 48)", "(64, 256)"),
         ),
+        # A head of its own that the config says nothing of, and a conversion that has overflowed.
+        (
+            lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1},
+            {},
+            ("lm_head", "tie_word_embeddings"),
+        ),
+        *(
+            (
+                lambda tensors, x=x: tensors | {C_FC: jnp.asarray(tensors[C_FC]).at[5, 3].set(x)},
+                {},
+                words,
+            )
+            for words in [("h.1.mlp.c_fc.weight", "not finite")]
+            for x in (math.nan, -math.inf)
+        ),
     ],
 )
 def test_refuses_another_model(tmp_path, tensors, error_line, change, config, words):
     message = error_line(load_model, write_folder(tmp_path, change(tensors), **config))
     assert all(word in message for word in words), message
+
+
+CONFIGS = {  # entry of config.json: values that it cannot have
+    "n_head": [3, 0, -2, "2", 2.0, None, True, [2]],  # 3 does not divide the width
+    "n_layer": ["1", 0, None],
+    "n_embd": [0, 64.5, None],
+    "n_positions": [-1, "128"],
+    "vocab_size": [None, 10**12],
+    "eos_token_id": [257, 50256, -1, "0", 1.0, True, [256, 255], [], [257], [None]],
+    "pad_token_id": ["0", [256], {}],
+    "layer_norm_epsilon": [None, "1e-5"],
+    "initializer_range": [None, "0.02", [0.02]],
+    "tie_word_embeddings": ["no", [True], 1],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_refuses_what_an_entry_of_the_config_cannot_be(tmp_path, tensors, error_line, name):
+    for value in CONFIGS[name]:
+        message = error_line(load_model, write_folder(tmp_path, tensors, **{name: value}))
+        assert name in message and str(tmp_path) in message, (value, message)
+
+
+def test_refuses_a_config_with_other_names_for_the_sizes(tmp_path, tensors, error_line):
+    """Which transformers would read: GPT2Config's default of 12 heads is another model."""
+    folder = write_folder(tmp_path, tensors, num_attention_heads=4)
+    config = json.loads((folder / "config.json").read_text())
+    del config["n_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "n_head" in error_line(load_model, folder)
+
+
+def test_one_eos_in_a_list_is_that_one(tmp_path, tensors):
+    config, _ = load_model(write_folder(tmp_path, tensors, eos_token_id=[7]))
+    assert config.eos_token_id == 7
 
 
 def test_refuses_a_folder_without_a_model(tmp_path, monkeypatch, error_line):
@@ -418,8 +528,8 @@ def test_refuses_a_folder_without_a_model(tmp_path, monkeypatch, error_line):
     shutil.copy(TINY / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     message = error_line(load_model, tmp_path)
-    assert "no model.safetensors" in message and "save it anew with transformers" in message
-    assert str(tmp_path) in message
+    assert f"{tmp_path} has no safetensors" in message
+    assert f"M.from_pretrained('{tmp_path}').save_pretrained(" in message
     monkeypatch.chdir(tmp_path)
     for script in ("sft", "reward"):
         assert f"python {script}.py" in error_line(load_model, f"runs/{script}/model")
@@ -441,6 +551,33 @@ def test_gpt_nano_sort_sorts_every_input(shared_data):
     last = np.argmax(forward(*model, tokens, mask)[:, -1], axis=-1)
     answers = np.concatenate([tokens[:, 6:], last[:, None]], axis=1)
     np.testing.assert_array_equal(answers, np.sort(prompts, axis=1))
+
+
+BROKEN = {
+    "empty": b"",
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+    "no object": b"[]",
+    "zeros": bytes(500),
+    "too deep": b"[" * 100_000,
+    "UTF-16": "{}".encode("utf-16"),
+    "a number of 5000 digits": b'{"n_layer": ' + b"1" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_refuses_a_file_that_cannot_be_read(tmp_path, tensors, error_line, name):
+    """Whatever is wrong with it; last of all it is a folder."""
+    file = write_folder(tmp_path, tensors) / name
+    shutil.copy(TOKENIZER / "tokenizer.json", tmp_path)
+    load = load_tokenizer if name == "tokenizer.json" else load_model
+    load(tmp_path)
+    content = file.read_bytes()
+    for broken in [*BROKEN.values(), content[: len(content) // 2], content[:-1]]:
+        file.write_bytes(broken)
+        assert str(file) in error_line(load, tmp_path), broken[:50]
+    file.unlink()
+    file.mkdir()
+    assert str(file) in error_line(load, tmp_path)
 
 
 # --------------------------------------------------------------------------------------- tokenizer
@@ -592,9 +729,90 @@ def test_refuses_a_vocabulary_that_lacks_a_byte(tmp_path, bpe_file, error_line, 
     assert token in error_line(load_tokenizer, folder)
 
 
+def test_refuses_merges_that_tiktoken_reads_otherwise(tmp_path, bpe_file, error_line):
+    """It joins whatever makes a token: "abc" would be one, and is [a, bc] by these merges."""
+    letters = [token for token in bpe_file["model"]["vocab"] if len(token) == 1]
+
+    def write(*merges):
+        vocabulary = {token: i for i, token in enumerate([*letters, *map("".join, merges)])}
+        return write_tokenizer(tmp_path, with_model(bpe_file, vocab=vocabulary, merges=merges))
+
+    message = error_line(load_tokenizer, write(["b", "c"], ["a", "b"], ["ab", "c"]))
+    assert "abc" in message and str(tmp_path) in message
+    assert "aaa" in error_line(load_tokenizer, write(["a", "a"], ["a", "aa"]))
+    folder = write(["a", "b"], ["b", "c"], ["ab", "c"])
+    assert load_tokenizer(folder).encode_ordinary("abcbc") == [258, 257]
+
+
+IDS = {"no number": "7", "a fraction": 7.5, "nothing": None, "below 0": -1, "too large": 2**33}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"vocab": {"Ġthe": x}} for x in IDS.values()),
+        {"vocab": {"Ġthe": 300}},  # another token has this id, as in the next
+        {"vocab": {"Ġthe": EOS_ID}},
+        *({"added": {"id": x, "content": "<x>"}} for x in [*IDS.values(), 300, EOS_ID]),
+        *({"added": {"id": PAD_ID + 1, "content": x}} for x in (5, None, ["x"])),
+        *({"merges": [x]} for x in ("ab", "a b c", ["a"], ["a", "b", "c"], 5, None, [1, 2])),
+        *({"merges": x} for x in (None, 5, {})),
+        *({"vocab": x} for x in (None, 5, [])),
+    ],
+    ids=str,
+)
+def test_refuses_a_broken_vocabulary(tmp_path, bpe_file, error_line, change):
+    vocabulary, merges = bpe_file["model"]["vocab"], bpe_file["model"]["merges"]
+    if "vocab" in change:
+        other = change["vocab"]
+        file = with_model(bpe_file, vocab=vocabulary | other if isinstance(other, dict) else other)
+    elif "merges" in change:
+        more = change["merges"]
+        file = with_model(bpe_file, merges=[*merges, *more] if isinstance(more, list) else more)
+    else:
+        file = bpe_file | {"added_tokens": [*bpe_file["added_tokens"], change["added"]]}
+    assert str(tmp_path) in error_line(load_tokenizer, write_tokenizer(tmp_path, file))
+
+
+@pytest.mark.parametrize("line", ["ab", "a b c", " "])
+def test_refuses_a_line_of_merges_that_is_no_pair(tmp_path, bpe_file, error_line, line):
+    folder = write_vocab_and_merges(tmp_path, bpe_file, header=f"#version: 0.2\n{line}\n")
+    assert str(tmp_path) in error_line(load_tokenizer, folder)
+
+
+def test_special_tokens_and_ids_without_a_token_are_no_text(tmp_path, bpe_file):
+    """A vocabulary padded to a multiple has such ids, here up to a last token; TRL's rule."""
+    last = bpe_file["added_tokens"][0] | {"id": PAD_ID + 16, "content": "<last>"}
+    file = bpe_file | {"added_tokens": [*bpe_file["added_tokens"], last]}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, file))
+    ids = tokenizer.encode_ordinary(" good film")
+    row = [5, *ids[:1], PAD_ID, PAD_ID + 7, PAD_ID + 16, PAD_ID + 90, *ids[1:], EOS_ID, 6]
+    mask = [1] * (len(row) - 1) + [0]
+    assert gpt2.decode_responses(tokenizer, [row], [mask], 1, EOS_ID) == [" good film"]
+
+
+def test_the_end_of_text_is_the_config_s_else_the_tokenizer_s(tmp_path, bpe_file, tiny, error_line):
+    tokenizer = load_tokenizer(TOKENIZER)
+    config = dataclasses.replace(tiny[0], eos_token_id=7)
+    assert gpt2.end_token(config, tokenizer) == 7
+    config = dataclasses.replace(config, eos_token_id=None)
+    assert gpt2.end_token(config, tokenizer) == EOS_ID
+    vocabulary = {t: i for t, i in bpe_file["model"]["vocab"].items() if i < EOS_ID}
+    added = [bpe_file["added_tokens"][0] | {"content": "</s>"}]
+    file = with_model(bpe_file, vocab=vocabulary) | {"added_tokens": added}
+    other = load_tokenizer(write_tokenizer(tmp_path, file))
+    assert "eos_token_id" in error_line(gpt2.end_token, config, other)
+
+
+BEGIN = [{"SpecialToken": {"id": "<|endoftext|>"}}, {"Sequence": {"id": "A"}}]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"post_processor": {"type": "TemplateProcessing", "single": BEGIN}},
+        {"end_of_word_suffix": "</w>"},
+        {"continuing_subword_prefix": "##"},
         {"normalizer": {"type": "NFC"}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {"pre_tokenizer": {"type": "Whitespace"}},
@@ -604,8 +822,9 @@ def test_refuses_a_vocabulary_that_lacks_a_byte(tmp_path, bpe_file, error_line, 
     ],
 )
 def test_refuses_another_kind_of_tokenizer(tmp_path, bpe_file, error_line, changes):
-    message = error_line(load_tokenizer, write_tokenizer(tmp_path, bpe_file | changes))
-    assert "only byte-level BPE, no normalizer, no prefix space" in message
+    own = with_model(bpe_file, **{k: x for k, x in changes.items() if "word" in k})
+    message = error_line(load_tokenizer, write_tokenizer(tmp_path, own | changes))
+    assert "only byte-level BPE; no normalizer" in message
     assert str(tmp_path) in message
 
 

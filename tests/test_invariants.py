@@ -116,14 +116,13 @@ def sample(temperature=1.0):
     return ppo.Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended), scores
 
 
-def experience(script, args, sampled=None):
-    """(batch, metrics) of make_experience, of this Rollout or the one above."""
-    rollout, scores = sample(args.temperature)
+def experience(script, args, sampled=None, scores=None):
+    """(batch, metrics) of make_experience, of this Rollout and scores or those above."""
+    rollout, random_scores = sample(args.temperature)
+    sampled, scores = sampled or rollout, random_scores if scores is None else scores
     if script is ppo:
-        return ppo.make_experience(
-            make_state(ppo, sgd(0.1)), sampled or rollout, scores, CONFIG, args
-        )
-    return grpo.make_experience(sampled or rollout, scores, args)
+        return ppo.make_experience(make_state(ppo, sgd(0.1)), sampled, scores, CONFIG, args)
+    return grpo.make_experience(sampled, scores, args)
 
 
 def make_batch(script, args):
@@ -467,25 +466,93 @@ def test_advantages_by_hand(advantage, kl_in):
 
 
 def test_truncated_completions_are_masked_where_asked():
-    """They count in their group's mean, and are attended to, all the same."""
-    sampled, _ = sample()
+    """They are as those without a score: in no group's mean, but attended to all the same."""
+    sampled, scores = sample()
     plain, masked = (
         experience(grpo, make_args(grpo, mask_truncated_completions=x))[0] for x in (False, True)
     )
+    unscored = np.where(sampled.ended, scores, np.nan)
+    assert_equal(masked, experience(grpo, make_args(grpo), scores=unscored)[0])
     assert_equal(plain["response_mask"], sampled.response_mask)
     assert_equal(masked["response_mask"], sampled.response_mask * sampled.ended[:, None])
-    for name in ("mask", "advantages"):
-        assert_equal(plain[name], masked[name])
     assert_equal(plain["mask"], sampled.mask)
+    assert_equal(masked["mask"], sampled.mask)
 
 
-def test_a_rollout_of_truncated_completions_teaches_nothing():
-    """With --mask-truncated-completions: as an untrained model's first rollouts are."""
-    _, args, optimizer, _, before, _, _ = trained("gspo")
-    sampled, _ = sample()
-    batch, metrics = experience(grpo, args, sampled._replace(ended=np.zeros(16, bool)))
-    state, update_metrics = train(grpo, batch, args, optimizer)
-    assert_equal(state.params, before)
+WITHOUT = [1, 8, 9, 10, 11]  # one of the first group, and the whole third
+SCORED = [i for i in range(16) if i not in WITHOUT]
+
+
+@pytest.mark.parametrize(
+    "script, changes",
+    [
+        (ppo, {}),
+        (ppo, {"whiten_rewards": True}),
+        (grpo, {"aggregation": "token", "kl_in": "loss"}),
+        (grpo, {"aggregation": "token", "advantage": "leave-one-out", "kl_in": "reward"}),
+        (grpo, {"aggregation": "sequence", "advantage": "group"}),
+        (grpo, {"aggregation": "constant", "advantage": "group"}),
+    ],
+    ids=str,
+)
+def test_a_completion_without_a_score_changes_nothing_for_the_others(script, changes):
+    """Advantages and gradient are those of the same batch without it.
+
+    Where the loss is a sum over the number of sequences, it counts as one with nothing in it.
+    """
+    changes = changes | {"epochs": 1, "num_minibatches": 1, "entropy_coef": 0.1}
+    args = make_args(script, **changes)
+    sampled, scores = sample()
+    scores = scores.copy()
+    scores[WITHOUT] = np.nan
+    batch, metrics = experience(script, args, scores=scores)
+    rest = jax.tree.map(lambda x: x[np.array(SCORED)], sampled)
+    if script is ppo:
+        alone, alone_metrics = experience(ppo, args, rest, scores[SCORED])
+    else:  # groups of three and of four: one by one
+        alone = jax.tree.map(lambda x: x[np.array(SCORED)], batch)
+        penalty = np.sum((rest.logprobs - rest.ref_logprobs) * rest.response_mask, axis=1)
+        penalty *= args.kl_coef * (args.kl_in == "reward")
+        parts = np.split(scores[SCORED] - np.asarray(penalty), [3, 7])
+        if args.advantage == "leave-one-out":
+            parts = [grpo.leave_one_out_advantage(x, len(x)) for x in parts]
+        else:
+            scaled = args.advantage == "group-std"
+            parts = [grpo.group_relative_advantage(x, len(x), scaled) for x in parts]
+        np.testing.assert_allclose(alone["advantages"], np.concatenate(parts), atol=1e-5)
+        assert not np.asarray(batch["advantages"])[WITHOUT].any()
+        alone_metrics = {}
+    for name, x in alone.items():
+        np.testing.assert_allclose(np.asarray(batch[name])[SCORED], x, atol=1e-5)
+    # Without a score or cut off: the batch's rows are as many as before, or fewer.
+    start, updated = make_start(script), []
+    for part, size in ((batch, 16), (alone, 11)):
+        state, found = train(script, part, dataclasses.replace(args, micro_batch_size=size), sgd(1))
+        updated.append(jax.tree.map(lambda x, y: x - y, state.params, start))
+        updated[-1] = (updated[-1], found)
+    share = 1 if script is ppo or args.aggregation == "token" else 11 / 16
+    expected = jax.tree.map(lambda x: x * share, updated[1][0])
+    assert largest_difference(updated[0][0], expected) < 2e-6
+    assert max(np.abs(x).max() for x in jax.tree.leaves(expected)) > 1e-3
+    for name, value in alone_metrics.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    for name, value in updated[1][1].items():
+        factor = share if name in ("grad_norm", "loss/policy_avg") else 1
+        assert updated[0][1][name] == pytest.approx(float(value) * factor, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("script, how", [(grpo, "cut off"), (grpo, "no score"), (ppo, "no score")])
+def test_a_rollout_without_rewards_teaches_nothing(script, how):
+    """Cut off, with --mask-truncated-completions, as an untrained model's first rollouts are."""
+    args = make_args(script, **(GRPO if script is grpo else {}))
+    sampled, scores = sample()
+    if how == "cut off":
+        sampled = sampled._replace(ended=np.zeros(16, bool))
+    else:
+        scores = np.full(16, np.nan, np.float32)
+    batch, metrics = experience(script, args, sampled, scores)
+    state, update_metrics = train(script, batch, args, sgd(0.1))
+    assert_equal(state.params, make_start(script))
     assert all(np.isfinite(float(x)) for x in (metrics | update_metrics).values())
 
 
@@ -548,6 +615,53 @@ def test_the_best_stands_against_the_worst():
     chosen, rejected = np.take_along_axis(scores, pairs, axis=1).T
     assert (chosen == scores.max(axis=1)).all() and (rejected == scores.min(axis=1)).all()
     assert np.flatnonzero(pairs[:, 0] == pairs[:, 1]).tolist() == [3, 17] and ties == 2 / 50
+
+
+@pytest.mark.parametrize("pair", ["best-worst", "sampled"])
+def test_answers_without_a_score_are_in_no_preference(pair):
+    """Where fewer than two have one, an answer stands against itself: its margin is always 0."""
+    nan = np.nan
+    scores = [[nan, 1.0], [0.5, nan], [nan, nan], [60.0, 0.0]]
+    if pair == "best-worst":
+        scores = [[nan, 2, 1, nan, 3], [nan, nan, 1, nan, nan], [nan] * 5, [0, nan, 60, 1, 1]]
+    scores = np.array(scores)
+    prompts, sampled = numbered(*scores.shape)
+    rows, _ = iterative_dpo.make_pairs(
+        prompts, sampled, scores.ravel(), pair, np.random.default_rng(0)
+    )
+    pairs = [[answer[0] for answer in answers] for _, *answers in rows]
+    if pair == "best-worst":
+        assert pairs[0] == [4, 2] and pairs[1] == [2, 2] and pairs[3] == [2, 0]
+    else:
+        assert pairs[3] == [0, 1]
+        assert all(chosen == rejected for chosen, rejected in pairs[:2])
+    assert pairs[2][0] == pairs[2][1]
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, iterative_dpo], ids=lambda script: script.__name__)
+def test_functions_that_say_none_take_no_part(script):
+    """In no sum, mean or deviation; a function of weight 0 is only logged."""
+    answers = {
+        "a": [1.0, None, 3.0, None],
+        "b": [10.0, 20.0, None, None],
+        "logged": [None, 5.0, 7.0, 9.0],
+        "silent": [None] * 4,
+    }
+    functions = [
+        (name, lambda name=name, **_: answers[name], 0.0 if name == "logged" else 2.0)
+        for name in answers
+    ]
+    zeros, ended = jnp.zeros((4, 2)), jnp.array([True, True, True, False])
+    sampled = script.Rollout(None, None, jnp.ones((4, 2)), zeros, zeros, ended)
+    rows = [{"prompt": "p"}] * 4
+    scores = script.score(sampled, rows, list("wxyz"), script.Rewards(functions, None, None), 1.5)
+    np.testing.assert_array_equal(scores["reward"], [22.0, 40.0, 6.0, np.nan])
+    metrics, samples = script.describe(sampled, rows, list("wxyz"), scores)
+    assert metrics["reward"] == pytest.approx(68 / 3) and "rewards/silent/mean" not in metrics
+    assert (metrics["rewards/a/mean"], metrics["rewards/a/std"]) == (2.0, 1.0)
+    assert (metrics["rewards/b/mean"], metrics["rewards/b/std"]) == (15.0, 5.0)
+    assert metrics["rewards/logged/mean"] == 7.0
+    assert samples[3].items() >= {"reward": None, "rewards/a": None, "rewards/logged": 9.0}.items()
 
 
 # ------------------------------------------------------------------------------ runs, watched
@@ -621,7 +735,7 @@ def test_a_run_of_ppo(inputs, talkative, tmp_path, watch):
     schedule and of the state are of those that were made.
     """
     changes = {"reward": (reward_file(tmp_path / "f.py", "2.0"),), "missing_eos_penalty": 0.75}
-    changes |= {"model": str(talkative), "reward_model": None, "kl_coef": 0.0, "stop_kl": 1e-9}
+    changes |= {"model": str(talkative), "reward_model": None, "kl_coef": 0.0, "stop_kl": 1e-6}
     calls = watch(ppo, "rollout") | watch(ppo.RunFolder, "save")
     args = small_args(ppo, inputs, tmp_path / "run", **changes)
     ppo.main(args)
@@ -770,7 +884,10 @@ def limits(prompt, completion):
 
 
 def test_encode_rows(tokenizer, capsys, error_line):
-    """A row whose prompt or answer is too long is dropped, one that just fits is not."""
+    """A row whose prompt or answer is too long is dropped, one that just fits is not.
+
+    Of ten rows one may go; of three it may not.
+    """
     eos_id, ids = tokenizer.eot_token, tokenizer.encode_ordinary
     rows = [
         {"prompt": "The film was good, and", "a": " it is <|endoftext|>", "b": " no"},
@@ -779,20 +896,27 @@ def test_encode_rows(tokenizer, capsys, error_line):
     ]
     prompt, answer = (len(ids(rows[0][name])) for name in ("prompt", "a"))
     assert answer + 1 <= 20
-    encoded = sft.encode_rows(rows, ["a", "b"], tokenizer, eos_id, limits(prompt, 20))
-    assert "1 of 3 rows dropped" in capsys.readouterr().out
+    many = [*rows, *rows[2:] * 7]
+    encoded = sft.encode_rows(many, ["a", "b"], tokenizer, eos_id, limits(prompt, 20))
+    out = capsys.readouterr().out
+    assert f"dropped: 1 of 10 rows are longer than --max-prompt-length {prompt}" in out
+    assert len(encoded) == 9 and encoded[1:-1] == encoded[2:]
+    encoded = encoded[:2]
     assert encoded == [
         (row, [ids(row["prompt"]) or [eos_id], [*ids(row["a"]), eos_id], [*ids(row["b"]), eos_id]])
         for row in (rows[0], rows[2])
     ]
     assert eos_id not in encoded[0][1][1][:-1]  # a text that looks like a special token is none
     assert tokenizer.decode(encoded[0][1][1][:-1]) == rows[0]["a"]
-    for size, kept in (((prompt, answer + 1), 2), ((prompt, answer), 1), ((prompt - 1, 20), 1)):
-        found = sft.encode_rows(rows, ["a", "b"], tokenizer, eos_id, limits(*size))
-        assert [row for row, _ in found] == [rows[0], rows[2]][-kept:]
+    many = [rows[0], *rows[2:] * 9]
+    for size, kept in (((prompt, answer + 1), 10), ((prompt, answer), 9), ((prompt - 1, 20), 9)):
+        found = sft.encode_rows(many, ["a", "b"], tokenizer, eos_id, limits(*size))
+        assert [row for row, _ in found] == many[-kept:]
     alone = iterative_dpo.encode_rows(rows, [], tokenizer, eos_id, limits(prompt, 1))
     assert alone == [(row, [ids(row["prompt"]) or [eos_id]]) for row in rows]
-    error_line(sft.encode_rows, rows[:1], ["a", "b"], tokenizer, eos_id, limits(prompt, answer))
+    message = error_line(sft.encode_rows, rows, ["a", "b"], tokenizer, eos_id, limits(prompt, 20))
+    longest = len(ids(rows[1]["b"])) + 1
+    assert "1 of 3 rows" in message and f"--max-completion-length {longest} keeps 95 %" in message
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 50])

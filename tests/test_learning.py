@@ -8,7 +8,7 @@ import json
 import signal
 
 import pytest
-from test_runs import REVIEWS, ROOT, metrics_of
+from test_runs import REVIEWS, ROOT, metrics_of, open_embedded
 
 import dpo
 import grpo
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     held_out = {"sft": 256, "preferences": 1000, "prompts": 256}
     counts = {"sft": 2000, "preferences": 3000, "prompts": 1000}
     for (name, count), split in itertools.product(counts.items(), ("train", "test")):
-        with open(REVIEWS / f"{name}_{split}.jsonl", encoding="utf-8") as file:
+        with open_embedded(f"{name}_{split}") as file:
             rows = itertools.islice(file, count if split == "train" else held_out[name])
             (folder / f"{name}_{split}.jsonl").write_text("".join(rows), "utf-8")
     handler = signal.getsignal(signal.SIGINT)

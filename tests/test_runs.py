@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import math
@@ -54,6 +55,12 @@ def write_jsonl(path, rows):
     return path
 
 
+def open_embedded(name):
+    """An embedded data file, opened as text."""
+    (path,) = REVIEWS.glob(f"{name}.jsonl*")
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
+
+
 def first_rows(name, count):
     """The first rows of an embedded data file with short texts: few padded widths to compile."""
 
@@ -61,7 +68,7 @@ def first_rows(name, count):
         answers = [len(row[name].split()) for name in ("completion", "chosen") if name in row]
         return len(row["prompt"].split()) + max([*answers, len(row.get("rejected", "").split())])
 
-    with open(REVIEWS / f"{name}.jsonl", encoding="utf-8") as file:
+    with open_embedded(name) as file:
         short = (row for row in map(json.loads, file) if words(row) <= 22)
         return list(itertools.islice(short, count))
 

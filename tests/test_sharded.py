@@ -6,9 +6,11 @@ summed in another order is held to about 1e-5.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -135,6 +137,7 @@ def on_mesh(shape, vocab_size):
     sampled = program(policy, reference, tokens, mask, key)
     batch, metrics = sharded.make_experience(sampled, SCORES, ARGS)
     results = {"sampled": sampled, "batch": batch, "metrics": metrics}
+    results["sampled from"] = (policy, reference, tokens, mask)
     for name, optimizer in OPTIMIZERS.items():
         build = functools.partial(sharded.make_state, optimizer=optimizer, ref_moves=True)
         places = sharded.shardings(jax.eval_shape(build, policy), mesh)
@@ -181,11 +184,7 @@ def off_by(tree, other):
 
 @each_case
 def test_every_mesh_samples_what_one_device_samples(shape, vocab_size):
-    """The same tokens, and log-probs of policy and reference.
-
-    The keys and prompts here are such that no random number falls within 4e-6 of where the next
-    token would be drawn, so that rounding (3e-7) cannot turn one token into another.
-    """
+    """The same tokens, and log-probs of policy and reference."""
     sampled, expected = on_mesh(shape, vocab_size)[0]["sampled"], of_grpo(vocab_size)["sampled"]
     for name in ("tokens", "mask", "response_mask", "ended"):
         np.testing.assert_array_equal(getattr(sampled, name), getattr(expected, name))
@@ -194,22 +193,25 @@ def test_every_mesh_samples_what_one_device_samples(shape, vocab_size):
     assert np.abs(sampled.logprobs - sampled.ref_logprobs).max() > 0.1  # two models
 
 
-@pytest.mark.parametrize("vocab_size", [512, 509])
-def test_no_random_number_falls_near_a_boundary(vocab_size):
-    """What the test above relies on, by the logits of one more forward pass."""
-    tokens, mask = of_grpo(vocab_size)["sampled"][:2]
-    variables = {"params": parameters(vocab_size)}
-    logits = grpo.GPT2(config_of(vocab_size, grpo)).apply(variables, tokens, mask)
-    logits = np.asarray(logits[:, P - 1 : -1], np.float64) / ARGS.temperature  # [ROWS, R, V]
-    cumulative = np.cumsum(np.exp(logits - logits.max(-1, keepdims=True)), axis=-1)
-    cumulative /= cumulative[..., -1:]
-    draw = functools.partial(jax.random.uniform, shape=(ROWS, 1))
-    keys = [jax.random.fold_in(jax.random.key(SAMPLE_KEY), t) for t in range(R)]
-    uniform = np.concatenate([draw(key) for key in keys], axis=1)[..., None]  # [ROWS, R, 1]
-    drawn = np.argmax(cumulative > uniform, axis=-1)
-    real = np.asarray(mask)[:, P:] > 0
-    assert (drawn == np.asarray(tokens)[:, P:])[real].all()
-    assert np.abs(cumulative - uniform).min(axis=-1)[real].min() > 4e-6
+@functools.cache
+def samples_of_grpo(vocab_size, seed):
+    config, key = config_of(vocab_size, grpo), jax.random.key(seed)
+    return grpo.generate(parameters(vocab_size), config, *prompts(), key, *SAMPLING)[0]
+
+
+@each_case
+def test_rounding_hardly_ever_draws_another_token(shape, vocab_size):
+    """Of 2048 completions with 64 other keys at most one is not what one device draws.
+
+    Two tokens change places only where their logits, noise added, are as near as rounding (3e-7).
+    Measured: all 2048 are equal, on every mesh.
+    """
+    results, programs = on_mesh(shape, vocab_size)
+    other = 0
+    for seed in range(100, 164):
+        tokens = programs["sample"](*results["sampled from"], jax.random.key(seed))[0]
+        other += (np.asarray(tokens) != samples_of_grpo(vocab_size, seed)).any(axis=1).sum()
+    assert other <= 1
 
 
 @each_case
@@ -351,20 +353,24 @@ def forward_pass(shape, vocab_size):
 SENDING = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
-def collectives(program):
-    """[(operation, [shapes])] of the collectives in a compiled program's text."""
+def collectives(program, place=""):
+    """[(operation, [shapes])] of the collectives in a compiled program's text, or in a part of it.
+
+    `place` is in the name that JAX gives an operation: the functions and loops around it.
+    """
     found = []
     for line in program.as_text().splitlines():
-        if match := re.search(rf" = (.*?) ({SENDING})(-start)?\(", line):
+        match = re.search(rf" = (.*?) ({SENDING})(-start)?\(", line)
+        if match and place in line:
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
             shapes = [tuple(int(n) for n in x.split(",") if n) for x in shapes]
             found.append((match[2], shapes))
     return found
 
 
-def sent(program, *operations):
+def sent(program, *operations, place=""):
     """Counter of (operation, shape) over the arrays; XLA may put several into one operation."""
-    found = ((name, shape) for name, shapes in collectives(program) for shape in shapes)
+    found = ((name, shape) for name, shapes in collectives(program, place) for shape in shapes)
     return Counter(x for x in found if not operations or x[0] in operations)
 
 
@@ -437,16 +443,48 @@ def test_an_update_gathers_each_weight_once(shape, vocab_size):
 def test_sampling_gathers_each_weight_before_the_loop(shape, vocab_size):
     """Policy and reference; and the loop's keys and values are split by rows and heads."""
     sample, rows = on_mesh(shape, vocab_size)[1]["sample"], ROWS // shape[0] // shape[1]
-    weights, logits = gathered_under_fsdp(shape, vocab_size), Counter()
-    if shape[2] > 1:  # a row of logits is whole where a token is drawn
-        logits[("all-gather", (rows, filled_up(vocab_size, shape[2])))] = 1
-        logits[("all-gather", (rows, shape[2]))] = 2  # each device's first above, and whether
-    assert sent(sample, "all-gather") == weights + weights + logits
+    weights = gathered_under_fsdp(shape, vocab_size)
+    in_loop = sent(sample, "all-gather", place=LOOP)
+    assert sent(sample, "all-gather") - in_loop == weights + weights
     loops = [line for line in sample.as_text().splitlines() if " while(" in line]
     carried = [re.findall(r"f32\[([\d,]+)\]", line.split(" while(")[0]) for line in loops]
     carried = [tuple(map(int, x.split(","))) for shapes in carried for x in shapes]
     caches = [x for x in carried if len(x) == 4 and x[2] == T]
     assert caches == [(rows, 8 // shape[2], T, D // 8)] * 2 * LAYERS
+
+
+LOOP = "generate)/while/"  # in the names of what is done for each token
+
+
+@pytest.mark.skipif(OLD_JAX, reason="another XLA splits the drawing of a token in another way")
+@each_case
+def test_what_a_sampled_token_sends(shape, vocab_size):
+    """Sums as in a forward pass, and of the logits one block of 256 at most, never the whole row.
+
+    For 32 rows on 8 tensor devices 18 kB for drawing and probabilities; 76 kB before, when the
+    row was gathered for a cumulative sum. (With GPT-2's 50 257 tokens it still is, 6.5 MB: its 197
+    blocks do not divide.)
+    """
+    data, fsdp, tensor = shape
+    rows, parts = ROWS // data // fsdp, max(tensor // 2, 1)  # of a block; a row has two blocks
+    expected = Counter()
+    if tensor > 1:
+        expected[("all-reduce", (rows, D))] = 2 * LAYERS  # after attention, after the MLP
+        expected[("all-reduce", (rows, 1, D))] = 1  # the token's vector lies on one device
+        # The softmax of its log-probability: largest logit, sum; its own logit.
+        expected += Counter({("all-reduce", (rows,)): 2, ("all-reduce", (rows, 1)): 1})
+        # Both blocks' log-sum-exps, and their numbers (once, before the loop), for the first draw.
+        expected[("all-gather", (rows, 2))] = 2
+        # The drawn block's logits, from the device, or the devices, where it lies.
+        expected[("all-reduce", (rows, 1, 256 // parts))] += 1
+    if parts > 1:  # a block is split itself
+        expected[("all-reduce", (rows, 1))] += 2  # its log-sum-exp: largest logit, sum
+        expected[("all-gather", (rows, parts))] = 2  # each part's best token, and its number
+    if tensor == 2 and vocab_size == 509:  # 255 tokens on the first device, so it lacks one
+        expected[("collective-permute", (rows, 1))] = 1
+    if data * fsdp > 1:
+        expected[("all-reduce", ())] = 1  # whether all rows have ended
+    assert sent(on_mesh(shape, vocab_size)[1]["sample"], place=LOOP) == expected
 
 
 # ------------------------------------------------------------------------------ runs
@@ -511,7 +549,7 @@ def run_args(inputs, run_dir, shape=None, **changes):
         "dataset": str(inputs / "train.jsonl"),
         "eval_dataset": str(inputs / "test.jsonl"),
         "run_dir": str(run_dir),
-        "seed": 1,  # its random numbers are 5e-6 or more away from where another token begins
+        "seed": 1,
         "steps": 6,
         "batch_size": 16,
         "num_generations": 2,
@@ -566,8 +604,23 @@ def runs(inputs, tmp_path_factory):
 def assert_complete(run):
     """A finished run's files, and of its checkpoints only the last."""
     names = sorted({re.sub(r"^(events\.out)\..*", r"\1", path.name) for path in run.iterdir()})
-    files = ["args.json", "checkpoint", "events.out", "metrics.jsonl", "model", "samples.jsonl"]
+    files = [
+        ".lock",
+        "args.json",
+        "checkpoint",
+        "events.out",
+        "metrics.jsonl",
+        "model",
+        "samples.jsonl",
+    ]
     assert names == files and checkpoints(run) == ["6"]
+
+
+def assert_bit_equal(run, whole):
+    assert metrics_of(run) == metrics_of(whole)
+    assert_complete(run)
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
 def checkpoints(run):
@@ -624,11 +677,7 @@ def test_a_resumed_run_on_the_same_mesh_is_bit_equal(runs, inputs, tmp_path):
     whole = runs((2, 2, 2))
     train_until_a_crash(inputs, tmp_path, (2, 2, 2))
     assert checkpoints(tmp_path / "run") == ["3"] and not (tmp_path / "run" / "model").exists()
-    run = train(inputs, tmp_path, (2, 2, 2))
-    assert metrics_of(run) == metrics_of(whole)
-    assert_complete(run)
-    for name in ("samples.jsonl", "model/model.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert_bit_equal(train(inputs, tmp_path, (2, 2, 2)), whole)
 
 
 @pytest.mark.slow
@@ -654,6 +703,51 @@ def test_a_run_goes_on_on_another_mesh(
     assert step == 3
     for x, y in zip(*map(jax.tree.leaves, (state, sharded.shardings(state, mesh_of(second))))):
         assert x.sharding.is_equivalent_to(y, x.ndim) and len(x.sharding.device_set) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["sampling", "processes agree"])
+def test_a_signal_ends_the_run_after_its_step(moment, runs, inputs, tmp_path):
+    """Also one that comes while the processes agree on whether any was asked to stop."""
+    rollout, allgather, calls = sharded.rollout, sharded.process_allgather, itertools.count(1)
+
+    def counted(*rest, **options):
+        if next(calls) == 6 and moment == "sampling":  # after two evaluations, and steps 1 to 3
+            signal.raise_signal(signal.SIGTERM)
+        return rollout(*rest, **options)
+
+    def gather(x, **options):
+        found = allgather(x, **options)
+        if np.ndim(x) == 0 and moment != "sampling" and next(gathers) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    gathers = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sharded, "rollout", counted)
+        patch.setattr(sharded, "process_allgather", gather)
+        train(inputs, tmp_path, (2, 2, 2))
+    assert stop.value.code == 143 and checkpoints(tmp_path / "run") == ["4"]
+    assert_bit_equal(train(inputs, tmp_path, (2, 2, 2)), runs((2, 2, 2)))
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(runs, inputs, tmp_path, error_line):
+    save, limits = sharded.RunFolder.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(run, step, state):
+        size = 10_000 if step == 6 else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            save(run, step, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded.RunFolder, "save", save_on_a_full_disk)
+        message = error_line(train, inputs, tmp_path, (2, 2, 2))
+    assert str(tmp_path / "run" / "checkpoint") in message and len(message) < 400
+    assert_bit_equal(train(inputs, tmp_path, (2, 2, 2)), runs((2, 2, 2)))
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -708,9 +802,9 @@ def ascii(prompts, completions, row, **_):
     if (FOLDER / "failure.json").exists():
         which, call, how = json.loads((FOLDER / "failure.json").read_text())
         if process == which and len(notes.read_text().splitlines()) == call:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("only here")
+            if how == "raises":
+                raise RuntimeError("only here")
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGTERM)
     return [sum(letter.isascii() for letter in text) / 4 for text in completions]
 """
 
@@ -830,6 +924,21 @@ def test_where_one_process_ends_so_does_the_other_and_the_run_goes_on(
     else:
         assert [status for status, _, _ in two_processes(shape, resume=True)] == [0, 0]
     assert_same_numbers(run, runs(shape))
+
+
+@many_processes
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_process_stops_both(victim, runs, two_processes):
+    """After the same step, 4, which is saved; process 0 says so."""
+    two_processes.failure.write_text(json.dumps([victim, 6, "terminated"]))
+    ends = two_processes((2, 2, 2))
+    assert [status for status, _, _ in ends] == [143, 143], ends
+    assert "stopped after step 4" in ends[0][1] and "Traceback" not in ends[0][2] + ends[1][2]
+    assert checkpoints(two_processes.folder / "run") == ["4"]
+    two_processes.failure.unlink()
+    sharded.main(two_processes.args((1, 8, 1), resume=True))
+    assert_same_numbers(two_processes.folder / "run", runs((2, 2, 2)))
 
 
 @many_processes
