@@ -800,23 +800,30 @@ def hf_name_and_shape(path, shape):
 
 def load_config(folder):
     """The GPT2Config of a model folder; fails on what this GPT-2 does not implement."""
-    saved = {"model_type": None} | read_json(folder / "config.json")
+    path = folder / "config.json"
+    saved = {"model_type": None} | read_json(path)
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True}
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in wanted.items():
         found = saved.get(name, value)
         check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
-    names = {field.name for field in dataclasses.fields(GPT2Config)} - {"dtype", "remat"}
-    sizes = {name: saved.get(name) for name in names if type(getattr(GPT2Config, name)) is int}
-    right = all(type(size) is int and size > 0 for size in sizes.values())
-    right = right and sizes["n_embd"] % sizes["n_head"] == 0
-    check(right, f"{folder}/config.json: no model has the sizes {sizes}")
     eos_id = saved.get("eos_token_id")
     if isinstance(eos_id, list) and len(eos_id) == 1:
         saved["eos_token_id"] = eos_id = eos_id[0]
-    right = eos_id is None or eos_id in range(saved["vocab_size"])
-    check(right, f"{folder}/config.json: eos_token_id {eos_id} is not one id of the vocabulary")
-    return GPT2Config(**{name: saved[name] for name in names & saved.keys()})
+    values = {}
+    for field in dataclasses.fields(GPT2Config):
+        if field.name in saved and field.name not in ("dtype", "remat"):
+            values[field.name] = value = saved[field.name]
+            kinds = (int, float) if field.type is float else field.type
+            right = isinstance(value, kinds) and (type(field.default) is not int or value > 0)
+            check(right, f"{path}: {field.name} cannot be {value!r}")
+    sizes = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
+    check(sizes <= values.keys(), f"{path} lacks {', '.join(sorted(sizes - values.keys()))}")
+    config = GPT2Config(**values)
+    check(config.n_embd % config.n_head == 0, f"{path}: n_head does not divide n_embd")
+    in_table = eos_id is None or eos_id in range(config.vocab_size)
+    check(in_table, f"{path}: eos_token_id {eos_id} is above the vocab_size {config.vocab_size}")
+    return config
 
 
 def load_model(name):
@@ -883,9 +890,9 @@ def save_model(folder, config, params, source, **more):
 def load_tokenizer(folder):
     """The tiktoken.Encoding of a model folder; fails on what tiktoken cannot express."""
     folder = find_model(folder)
-    if (folder / "tokenizer.json").exists():
-        saved = read_json(folder / "tokenizer.json")
-        with file_access(folder / "tokenizer.json"):
+    with file_access(f"the tokenizer of {folder}"):
+        if (folder / "tokenizer.json").exists():
+            saved = read_json(folder / "tokenizer.json")
             model, split = saved["model"], saved["pre_tokenizer"]
             after = saved.get("post_processor") or split
             usual = (model["type"], split["type"], after["type"]) == (
@@ -899,34 +906,37 @@ def load_tokenizer(folder):
             check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
             vocabulary, merges = model["vocab"], model["merges"]
             added = {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
-    else:
-        vocabulary, added = read_json(folder / "vocab.json"), {}
-        with file_access(folder / "merges.txt"):
+        else:
+            vocabulary, added = read_json(folder / "vocab.json"), {}
             lines = (folder / "merges.txt").read_text("utf-8").split("\n")
             merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-    # The files write each byte as a printable character: itself, or one of those from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    plain = dict.fromkeys([*characters, *map("".join, pairs)])
-    # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
-    lacking = [token for token in plain if token not in vocabulary]
-    check(not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}")
-    ids = [vocabulary[token] for token in plain]
-    check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
-    for left, right in pairs:  # it joins any two parts that make a token, the lowest id first
-        parts = [*left, *right]
-        while len(parts) > 2:
-            joined = [vocabulary.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-            i = joined.index(min(joined))
-            parts[i : i + 2] = ["".join(parts[i : i + 2])]
-        check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} as merged")
-    ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
-    special = {token: i for token, i in vocabulary.items() if token not in plain} | added
-    # The pattern is GPT-2's: where to cut a text before the merges begin.
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding("BPE", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        # The files write each byte as a printable character: itself, or one of those from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        characters = {chr(b): b for b in printable} | {
+            chr(256 + i): b for i, b in enumerate(others)
+        }
+        plain = dict.fromkeys([*characters, *map("".join, pairs)])
+        # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
+        lacking = [token for token in plain if token not in vocabulary]
+        check(
+            not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}"
+        )
+        ids = [vocabulary[token] for token in plain]
+        check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
+        for left, right in pairs:  # it joins any two parts that make a token, the lowest id first
+            parts = [*left, *right]
+            while len(parts) > 2:
+                joined = [vocabulary.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+                i = joined.index(min(joined))
+                parts[i : i + 2] = ["".join(parts[i : i + 2])]
+            check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} so")
+        ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
+        special = {token: i for token, i in vocabulary.items() if token not in plain} | added
+        # Where to cut a text before the merges begin: GPT-2's pattern.
+        cut = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+        return tiktoken.Encoding("", pat_str=cut, mergeable_ranks=ranks, special_tokens=special)
 
 
 def token_ids(tokenizer):
@@ -1175,7 +1185,7 @@ def check_flags(args):
     """Fails where a number is not finite or out of its range; a default is always in it."""
     check(not jax.config.jax_enable_x64, "unset JAX_ENABLE_X64: the scripts are float32 throughout")
     for name, value in vars(args).items():
-        low, high = RANGES.get(name, (int(type(value) is int), math.inf))
+        low, high = RANGES.get(name, (1, 2**31 - 1) if type(value) is int else (0, math.inf))
         for x in value if isinstance(value, tuple) else [value]:
             if type(x) in (int, float) and x != getattr(type(args), name):
                 right = low <= x <= high and math.isfinite(x)
