@@ -894,6 +894,7 @@ class RunFolder:
         self.args = json.loads(json.dumps(vars(args)))  # as they come back from args.json
         self.resume = self.args.pop("resume")
         self.overwrite = self.args.pop("overwrite")
+        check(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         sums = {name: checksum(value) for name, value in self.args.items()}
         self.args["checksums"] = {name: value for name, value in sums.items() if value}
         self.stopped, self.bar, self.process = 0, None, os.getpid()
@@ -1020,7 +1021,8 @@ class RunFolder:
 
     def interrupt(self, number, _):
         """The first Ctrl-C or SIGTERM lets the step in hand end; the second ends everything."""
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.bar is None or os.getpid() != self.process:  # before the run, or in a child
             raise SystemExit(128 + number)
         self.stopped = number

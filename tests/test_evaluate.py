@@ -211,6 +211,10 @@ def folders(tmp_path_factory):
     for name, seed in {"ref": 0, "copy": 0, "policy": 1, "reward": 2}.items():
         model = ppo.RewardModel if name == "reward" else ppo.GPT2
         ppo.save_model(folder / name, config, random_params(model, config, seed), tokenizer)
+    other = dataclasses.replace(config, eos_token_id=eos_id + 1)
+    ppo.save_model(
+        folder / "ends_otherwise", other, ppo.load_model(folder / "reward")[1], tokenizer
+    )
     return folder
 
 
@@ -224,7 +228,7 @@ def small_args(folders, **changes):
 
 def test_a_run(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    output, plot = tmp_path / "evaluation.json", tmp_path / "reward_kl.png"
+    output, plot = tmp_path / "new" / "evaluation.json", tmp_path / "reward_kl.png"
     can_plot = importlib.util.find_spec("matplotlib") is not None
     files = {"output": str(output), "plot": str(plot) if can_plot else ""}
     evaluate.main(small_args(folders, kl_coef=0.5, **files))
@@ -264,6 +268,8 @@ def test_gold_alone_without_frontier(folders, monkeypatch, capsys):
         ({"reward_model": "{}/ref"}, "not a reward model"),
         ({"reward_model": "", "dataset": "prompts.jsonl"}, "nothing to measure"),
         ({"plot": "x.png", "frontier": False}, "--no-frontier"),
+        ({"reward_model": "{}/ends_otherwise"}, "different tokenizers"),
+        ({"output": "README.md/x.json"}, "README.md"),  # known before anything is sampled
     ],
 )
 def test_bad_input(folders, monkeypatch, error_line, changes, word):
@@ -271,3 +277,17 @@ def test_bad_input(folders, monkeypatch, error_line, changes, word):
     args = small_args(folders, **changes)
     args = dataclasses.replace(args, reward_model=args.reward_model.format(folders))
     assert word in error_line(evaluate.main, args)
+
+
+def test_numbers_that_make_no_sense(folders, monkeypatch, error_line):
+    """Each numeric flag below its range, and not finite."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ppo, "load_tokenizer", lambda _: ppo.fail("it was accepted"))
+    defaults, zero = vars(evaluate.Args()), {"seed", "examples", "missing_eos_penalty"}
+    for name in [*(k for k, x in defaults.items() if type(x) in (int, float)), "kl_coef"]:
+        wrong = [-1] + [0] * (name not in zero)
+        wrong += [math.nan, math.inf] * (type(defaults[name]) is not int)
+        for value in wrong:
+            flag = "--" + name.replace("_", "-")
+            message = error_line(evaluate.main, small_args(folders, **{name: value}))
+            assert flag in message, (flag, value, message)

@@ -251,16 +251,16 @@ def test_draws_follow_the_softmax(logits, calls):
 def test_every_token_of_a_large_vocabulary_can_be_drawn():
     """GPT-2's 50257 tokens, one of probability 0.998: the others come as often as they should.
 
-    So do those among them that no uniform float32 number can reach in a cumulative sum.
+    So do those among them that no uniform float32 number reaches in a cumulative sum.
     """
     logits = one_likely(50_257, 0.998)
-    sums = np.cumsum(np.exp(log_softmax(logits)).astype(np.float32), dtype=np.float32)
-    reached = np.searchsorted(sums, np.arange(2**23, dtype=np.float32) / 2**23, side="right")
-    never = ~np.isin(np.arange(50_257), reached)
-    assert 0.6 < never.mean() < 0.7
+    sums = np.asarray(jnp.cumsum(jax.nn.softmax(jnp.asarray(logits, jnp.float32))))
+    uniform = np.arange(2**23, dtype=np.float32) / 2**23 * sums.max()
+    never = ~np.isin(np.arange(50_257), np.searchsorted(sums, uniform, side="right"))
+    assert 0.5 < never.mean() < 0.8
     drawn = draws(logits, 250, 40)
     for found, p in ((drawn != 20, 0.002), (never[drawn], 0.002 * never.mean())):
-        assert abs(found.sum() - 10_000 * p) < 3.5 * (10_000 * p) ** 0.5
+        assert abs(found.sum() - 10_000 * p) < 3 * (10_000 * p) ** 0.5
 
 
 def test_keys_and_padding_of_the_batch(toy):
@@ -493,7 +493,7 @@ CONFIGS = {  # entry of config.json: values that it cannot have
     "n_embd": [0, 64.5, None],
     "n_positions": [-1, "128"],
     "vocab_size": [None, 10**12],
-    "eos_token_id": [257, 50256, -1, "0", 1.0, True, [256, 255], [], [257], [None]],
+    "eos_token_id": [257, 50256, -1, "0", 1.0, True, [256, 255], [], [257]],
     "pad_token_id": ["0", [256], {}],
     "layer_norm_epsilon": [None, "1e-5"],
     "initializer_range": [None, "0.02", [0.02]],

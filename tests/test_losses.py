@@ -802,19 +802,38 @@ def test_kl_of_grpo_loss_is_accurate_near_0(difference):
     np.testing.assert_allclose(loss, expected, rtol=1e-3)
 
 
+def test_kl_of_grpo_loss_does_not_overflow():
+    """A token that the policy all but excludes: exp(200) is no float32; above 20 k3 is constant."""
+    ref, zeros, mask = jnp.array([[-1.0, -1.0]]), jnp.zeros((1, 2)), jnp.ones((1, 2))
+
+    def loss(logprobs):
+        rest = (jnp.zeros(1), mask, 0.2, 0.2, 1.0, "token", "token", 2)
+        return grpo.grpo_loss(logprobs, zeros, ref, *rest)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.array([[-201.0, -2.0]]))
+    assert float(value) == pytest.approx((np.expm1(20.0) - 20 + np.expm1(1.0) - 1) / 2, rel=1e-5)
+    np.testing.assert_allclose(gradient, [[0.0, -np.expm1(1.0) / 2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("missing", [[], [4, 6, 7, 8, 9, 10]])
 @pytest.mark.parametrize("group_size", [2, 3, 6])
-def test_advantages_by_a_loop(float64, group_size):
-    """A group of equal rewards has none, also after rounding."""
+def test_advantages_by_a_loop(float64, group_size, missing):
+    """A group of equal rewards has none, also after rounding; nor has one without a reward.
+
+    Such a one, NaN, is in no mean and no deviation; what is alone in its group has none either.
+    """
     rewards = np.random.default_rng(6).normal(size=12)
     rewards[:group_size] = 0.1
+    rewards[missing] = np.nan
     expected = np.zeros((3, 12))
-    for i in range(12):
+    for i in set(range(12)) - set(missing):
         first = i - i % group_size
-        group = rewards[first : first + group_size]
-        others = np.delete(group, i - first)
-        difference = rewards[i] - np.mean(group)
-        expected[:, i] = difference, difference / (np.std(group, ddof=1) + 1e-4), rewards[i]
-        expected[2, i] -= np.mean(others)
+        members = set(range(first, first + group_size)) - set(missing)
+        group, others = (rewards[sorted(x)] for x in (members, members - {i}))
+        if len(others):
+            difference = rewards[i] - np.mean(group)
+            expected[:2, i] = difference, difference / (np.std(group, ddof=1) + 1e-4)
+            expected[2, i] = rewards[i] - np.mean(others)
     found = [
         grpo.group_relative_advantage(jnp.asarray(rewards), group_size, scale=False),
         grpo.group_relative_advantage(jnp.asarray(rewards), group_size),

@@ -19,7 +19,7 @@ import sft
 pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 STAGES = (sft, reward, ppo, dpo, grpo)
 RUN = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 10, "warmup_steps": 1}
-RUN |= {"max_prompt_length": 80, "max_completion_length": 48}
+RUN |= {"max_prompt_length": 80, "max_completion_length": 72}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def chain(shared_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hh")
     source = shared_data / "hh-rlhf" / "harmless-base-test.jsonl.gz"
     with gzip.open(source, "rt", encoding="utf-8") as file:
-        rows = [line for line in file if len(line) < 700][:120]  # short ones: a test has no time
+        rows = [line for line in file if len(line) < 500][:120]  # short ones: a test has no time
     (folder / "hh.jsonl").write_text("".join(rows), "utf-8")
     command = [sys.executable, ROOT / "data" / "hh_rlhf.py", folder / "hh.jsonl", folder]
     subprocess.run([*command, "--test-rows", "24"], check=True, capture_output=True)
@@ -47,7 +47,7 @@ def chain(shared_data, tmp_path_factory):
         args |= {name: str(folder / path) for name, path in paths.items()}
         script.main(script.Args(run_dir=str(folder / script.__name__), **RUN, **args))
 
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 160}
     train(sft, "sft", tokenizer=str(folder / "tokenizer"), epochs=1, **sizes)
     model, reward_model = (str(folder / name / "model") for name in ("sft", "reward"))
     train(reward, "preferences", model=model, epochs=1, num_generations=2)

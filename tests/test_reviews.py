@@ -1,5 +1,6 @@
 """The embedded data: its files, its grammar's probabilities and its gold reward."""
 
+import gzip
 import json
 import math
 import random
@@ -20,16 +21,19 @@ from reviews import log_prob, sample, score, sentiment
 NAMES = [
     f"{kind}_{split}" for kind in ("sft", "preferences", "prompts") for split in ("train", "test")
 ]
+NAMES.append("preferences_train_more")
 PROMPT = "The Quiet Harbor (western). To my delight,"
 
 
 @pytest.fixture(scope="module")
 def files():
-    """Each committed .jsonl file's rows, by name."""
-    return {
-        name: [json.loads(line) for line in (DATA / "reviews" / f"{name}.jsonl").open()]
-        for name in NAMES
-    }
+    """Each committed data file's rows, by name."""
+    found = {}
+    for name in NAMES:
+        (path,) = (DATA / "reviews").glob(f"{name}.jsonl*")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            found[name] = list(map(json.loads, file))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,8 @@ def test_sizes_and_fields(files):
     rows = {"sft": (10_000, 1_000), "preferences": (10_000, 1_000), "prompts": (2_000, 500)}
     for kind, sizes in rows.items():
         assert (len(files[f"{kind}_train"]), len(files[f"{kind}_test"])) == sizes
+    few, more = files["preferences_train"], files["preferences_train_more"]
+    assert len(more) == 27_000 and more[: len(few)] == few
     assert files["sft_train"][0].keys() == {"prompt", "completion"}
     assert files["prompts_test"][0].keys() == {"prompt"}
     assert files["preferences_train"][0].keys() == {"prompt", "chosen", "rejected"}
@@ -61,7 +67,7 @@ def test_sizes_and_fields(files):
 
 def test_no_test_prompt_is_in_a_train_file(files):
     prompts = {
-        split: {row["prompt"] for name in NAMES if name.endswith(split) for row in files[name]}
+        split: {row["prompt"] for name in NAMES if f"_{split}" in name for row in files[name]}
         for split in ("train", "test")
     }
     assert not prompts["train"] & prompts["test"]
@@ -74,7 +80,7 @@ def test_completions_start_with_a_space_and_end_a_sentence(files):
 
 
 def test_two_draws_for_one_prompt_differ(files):
-    pairs = files["preferences_train"] + files["preferences_test"]
+    pairs = files["preferences_train_more"] + files["preferences_test"]
     assert np.mean([row["chosen"] == row["rejected"] for row in pairs]) < 0.001
 
 
@@ -143,7 +149,9 @@ def test_labels_of_the_test_pairs(files, facts):
     assert 0.84 <= np.mean(best) <= 0.87
 
 
-@pytest.mark.parametrize("name", ["preferences_train", "preferences_test"])
+@pytest.mark.parametrize(
+    "name", ["preferences_train", "preferences_train_more", "preferences_test"]
+)
 def test_labels_follow_the_stated_probability(files, facts, name):
     """In each band of |gold difference| the better text is chosen as often as tau says."""
     gold = np.array([sentiment(None, [row["chosen"], row["rejected"]]) for row in files[name]])

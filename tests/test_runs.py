@@ -1,5 +1,6 @@
 """Runs of the training scripts: what they leave, and that stopping them changes nothing."""
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -7,9 +8,12 @@ import itertools
 import json
 import math
 import os
+import pty
 import random
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +24,8 @@ import jax.numpy as jnp
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 import dpo
 import grpo
@@ -184,11 +190,16 @@ def train_until(crash, script, inputs, folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory):
-    """runs(script) -> the folder of a run that was never stopped."""
+    """runs(script) -> the folder of a run that was never stopped; beside it what it printed."""
 
     @functools.cache
     def run(script):
-        return train(script, inputs, tmp_path_factory.mktemp(script.__name__))
+        folder = tmp_path_factory.mktemp(script.__name__)
+        with (
+            open(folder / "printed", "w", encoding="utf-8") as file,
+            contextlib.redirect_stdout(file),
+        ):
+            return train(script, inputs, folder)
 
     return run
 
@@ -202,6 +213,10 @@ def test_a_run_leaves_its_files(script, runs, inputs):
     total = 8 if script in (sft, mixed_precision) else 6
     saved = json.loads((run / "args.json").read_text("utf-8"))
     args = json.loads(json.dumps(vars(small_args(script, inputs, "run"))))
+    checksums = saved.pop("checksums").keys()
+    assert checksums == {"dataset", "eval_dataset", "model", "tokenizer", "reward_model"} & {
+        name for name, value in args.items() if value
+    }
     assert saved == {k: v for k, v in args.items() if k not in ("resume", "overwrite")}
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -210,8 +225,8 @@ def test_a_run_leaves_its_files(script, runs, inputs):
     assert evaluated == list(range(0, total + 1, 2))
     for row in rows[1:]:
         assert row["grad_norm"] > 0 and row["perf/tokens_per_second"] > 0 and row["lr"] > 0
-    (events,) = run.glob("events.out.tfevents.*")
-    assert b"grad_norm" in events.read_bytes()
+    times = [row["perf/time"] for row in rows]
+    assert times == sorted(times) and 0 < time.time() - times[0] < 3600
 
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert sorted({sample["step"] for sample in samples}) == evaluated
@@ -234,6 +249,70 @@ def test_a_run_leaves_its_files(script, runs, inputs):
     assert any(name.startswith(".opt_state") for name in names)
     assert (".kl_coef" in names) == (script is ppo)
     assert not any(name.startswith(".ref_params") for name in names)
+
+
+def events(run):
+    """{tag: {step: value}} of a run's TensorBoard file: the number, or for HParams the proto."""
+    (path,) = run.glob("events.out.tfevents.*")
+    content, found = path.read_bytes(), {}
+    while content:
+        (size,) = struct.unpack("Q", content[:8])  # then a checksum, the event, its checksum
+        event = Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
+        for value in event.summary.value:
+            plugin = value.metadata.plugin_data
+            is_hparams = plugin.plugin_name == "hparams"
+            read = HParamsPluginData.FromString(plugin.content) if is_hparams else None
+            found.setdefault(value.tag, {})[event.step] = read or value.simple_value
+    return found
+
+
+@each_of(sft, grpo)
+def test_tensorboard_has_the_flags_and_all_metrics(script, runs, inputs):
+    """A metric without a group of its own is in the group train."""
+    found, expected = events(runs(script)), {}
+    for row in metrics_of(runs(script)):
+        for name, value in row.items():
+            tag = name if "/" in name else f"train/{name}"
+            expected.setdefault(tag, {})[row["step"]] = pytest.approx(value, rel=1e-6)
+    del expected["train/step"]
+    hparams = {tag: x for tag, x in found.items() if tag.startswith("_hparams_/")}
+    rest = {tag: x for tag, x in found.items() if tag not in hparams and tag[:5] != "perf/"}
+    assert rest == expected and "perf/tokens_per_second" in found
+    start = hparams["_hparams_/session_start_info"][0].session_start_info.hparams
+    args = vars(small_args(script, inputs, "run"))
+    for name in args.keys() - {"resume", "overwrite", "reward", "reward_weight"}:
+        assert start[name].string_value == str(args[name])
+
+
+@each_of(*SCRIPTS)
+def test_what_a_run_prints(script, runs, inputs):
+    """What it is; at the end samples, a held-out figure, the model and the next command."""
+    run, args = runs(script), small_args(script, inputs, "run")
+    text = (run.parent / "printed").read_bytes().decode()
+    lines = text.splitlines()
+    rows = metrics_of(run)
+    assert lines[0] == "nothing to resume in run: the run begins at step 0"
+    assert lines[1].startswith("data: ") and args.dataset in lines[1]
+    assert lines[1].endswith(f"held out: 12 of {args.eval_dataset}")
+    model, where = (next(x for x in lines if x.startswith(word)) for word in ("model:", "run:"))
+    assert re.fullmatch(r"model: \S+, [\d,]+ parameters; device: 8 cpu \(.*\)", model)
+    assert where == f"run: run, steps 0 to {len(rows) - 1}; tensorboard --logdir run"
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == [f"{i}/{len(rows) - 1}" for i in range(len(rows))]
+    assert all(re.search(r"  \d+ s left$", line) for line in steps[1:])
+    assert max(map(len, steps)) <= 80
+
+    *_, finished, command = (line for line in lines if line)
+    found = re.fullmatch(r"finished in \d+ s  (eval/.*); the model is run/model", finished)
+    for name, value in re.findall(r"(\S+) (\S+)", found[1]):
+        assert value == f"{rows[-1][name]:.4g}", name  # of the last step, not of one before
+    assert re.fullmatch(r"next: python \w+\.py .*run/model", command)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    text = text[text.index(steps[-1]) :]
+    for sample in [x for x in samples if x["step"] == len(rows) - 1][:3]:
+        assert all(x in text for x in sample.values() if isinstance(x, str))
+        assert all(f"{k} {x:.2f}" in text for k, x in sample.items() if isinstance(x, float))
 
 
 @each_of(dpo, iterative_dpo)
@@ -410,19 +489,19 @@ def test_rounds_are_resumed(change, runs, inputs, tmp_path):
         assert {int(x) for name, x in last.items() if name.endswith(".count")} == {3}
 
 
-def test_ctrl_c_while_a_round_is_sampled(runs, inputs, tmp_path, capsys):
-    """The first round of iterative_dpo.py is kept, the second is done again."""
+def test_ctrl_c_lets_a_round_end(runs, inputs, tmp_path, capsys):
+    """The policy that drew a round's samples is gone in its midst: no resume can begin there."""
     rollout, calls = iterative_dpo.rollout, itertools.count(1)
 
     def interrupted(*rest, **options):
-        if next(calls) == 4:  # after those of step 0, of the first round and of step 2
+        if next(calls) == 2:  # after that of step 0: the first round's
             signal.raise_signal(signal.SIGINT)
         return rollout(*rest, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(iterative_dpo, "rollout", interrupted)
         train(iterative_dpo, inputs, tmp_path)
-    assert stop.value.code == 130 and "step 3" in capsys.readouterr().out
+    assert stop.value.code == 130 and "stopped after step 3" in capsys.readouterr().out
     assert metrics_of(tmp_path / "run")[-1]["step"] == 3
     assert_same_run(train(iterative_dpo, inputs, tmp_path), runs(iterative_dpo))
 
@@ -434,27 +513,31 @@ def wait_for(happened, process, seconds=60):
         time.sleep(0.002)
 
 
-def test_ctrl_c_and_kill_9(inputs, tmp_path):
-    """A process that is interrupted, resumed, killed and resumed comes to the same end."""
+def test_ctrl_c_sigterm_and_kill_9(inputs, tmp_path):
+    """A process that is stopped twice, killed, and each time resumed comes to the same end."""
     changes = {"epochs": 50, "save_every": 1, "eval_every": 100}
     whole = train(sft, inputs, tmp_path, **changes)
     run = tmp_path / "again"
     args = small_args(sft, inputs, run, resume=True, **changes)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
-    process = subprocess.Popen(command(sft, args), **streams)
-    wait_for((run / "checkpoint.safetensors").exists, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    with safe_open(run / "checkpoint.safetensors", "np") as file:
-        step = int(file.metadata()["step"])
-    assert process.returncode == 130 and 1 <= step < 200
-    assert err == "" and "Traceback" not in out
-    last = out.strip().splitlines()[-1]
-    assert f"step {step}" in last and "--resume" in last
-
     def lines():
-        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+        path = run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = lines()
+        process = subprocess.Popen(command(sft, args), **streams)
+        wait_for(lambda before=before: lines() > before + 1, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        with safe_open(run / "checkpoint.safetensors", "np") as file:
+            step = int(file.metadata()["step"])
+        assert process.returncode == 128 + number and 1 <= step < 200
+        assert err == "" and "Traceback" not in out
+        last = out.strip().splitlines()[-1]
+        assert f"step {step}" in last and "--resume" in last
+        assert metrics_of(run)[-1]["step"] == step
 
     before = lines()
     process = subprocess.Popen(command(sft, args), **streams)
@@ -468,6 +551,136 @@ def test_ctrl_c_and_kill_9(inputs, tmp_path):
         file.write('{"step": 199, "loss": 2.')
     sft.main(args)
     assert_same_run(run, whole)
+
+
+SLEEPY = """
+import pathlib, time
+
+def f(completions, **_):
+    pathlib.Path(__file__).with_name("asleep").touch()
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_a_run_at_once(first, inputs, tmp_path, error_line):
+    """Also inside a reward function that sleeps; and the cursor comes back.
+
+    While the run lives no other process may write in its folder; afterwards it may.
+    """
+    (tmp_path / "f.py").write_text(SLEEPY)
+    changes = {"reward": (f"{tmp_path}/f.py:f",), "reward_model": None, "resume": True}
+    args = small_args(grpo, inputs, tmp_path / "run", **changes)
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, False)
+    env, shown = os.environ | {"TERM": "xterm"}, []
+    process = subprocess.Popen(command(grpo, args), stdout=follower, stderr=follower, env=env)
+
+    def screen():
+        with contextlib.suppress(BlockingIOError):
+            shown.append(os.read(leader, 100_000))
+        return b"".join(shown)
+
+    wait_for((tmp_path / "asleep").exists, process)
+    nothing = grpo.TrainState({}, {}, None)
+    assert "does another run write there?" in error_line(grpo.RunFolder(args).start, nothing, 6)
+    hide, show = b"\x1b[?25l", b"\x1b[?25h"
+    assert hide in screen() and show not in screen()
+    process.send_signal(first)
+    wait_for(lambda: b"once more: at once" in screen(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    assert screen().rindex(show) > screen().rindex(hide)
+    for descriptor in (leader, follower):
+        os.close(descriptor)
+    run = grpo.RunFolder(args)
+    assert run.start(nothing, 6) == (nothing, 0)
+    run.bar.stop()
+
+
+POOL = """
+import multiprocessing
+
+def f(completions, **_):
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # its end is terminate()
+        return pool.map(len, completions)
+"""
+
+
+@pytest.mark.slow
+def test_a_child_that_is_terminated_ends_alone(inputs, tmp_path):
+    (tmp_path / "f.py").write_text(POOL)
+    changes = {"reward": (f"{tmp_path}/f.py:f",), "reward_model": None, "steps": 2}
+    args = small_args(grpo, inputs, tmp_path / "run", **changes)
+    options = {"capture_output": True, "text": True, "timeout": 200}
+    result = subprocess.run(command(grpo, args), **options)
+    assert result.returncode == 0, result.stderr
+    assert "stopping" not in result.stdout and "finished" in result.stdout
+
+
+# ------------------------------------------------------------------------------ a full disk, ruins
+
+dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+
+
+@dev_full
+def test_a_full_disk_leaves_the_last_checkpoint(runs, inputs, tmp_path, error_line):
+    run = train_until(crash_after_a_checkpoint, sft, inputs, tmp_path)
+    (run / "checkpoint.safetensors.tmp").symlink_to("/dev/full")
+    message = error_line(train, sft, inputs, tmp_path)
+    assert "checkpoint.safetensors: OSError: [Errno 28] No space left" in message
+    (run / "checkpoint.safetensors.tmp").unlink()
+    assert_same_run(train(sft, inputs, tmp_path), runs(sft))
+
+
+@dev_full
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_full_disk_is_named_where_a_line_is_written(name, inputs, tmp_path, error_line):
+    run = sft.RunFolder(small_args(sft, inputs, tmp_path / "run"))
+    run.path.mkdir()
+    (run.path / name).symlink_to("/dev/full")
+    assert f"{name}: OSError: [Errno 28]" in error_line(run.append, name, {"step": 1})
+
+
+@pytest.mark.slow
+def test_a_full_disk_never_hangs_a_run(inputs, tmp_path):
+    """TensorBoard's file is the first that gets no room here."""
+    changes = {"epochs": 60, "save_every": 1000, "eval_every": 1000}
+    args = small_args(sft, inputs, tmp_path / "run", **changes)
+
+    line = ["sh", "-c", 'ulimit -f 80; exec "$@"', "sh", *command(sft, args)]  # 40 kB
+    result = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+
+
+RUINS = {
+    "checkpoint.safetensors": [b"", b"garbage", b"\x08\0\0\0\0\0\0\0{}      "],
+    "args.json": [b"", b'{"steps": 6', b"[]", b'{"checksums": 3}', b'{"epochs": "two"}'],
+    "metrics.jsonl": [b"garbage\n", b"[]\n", b"\xff\n"],
+    "samples.jsonl": [b"{}\n"],
+}
+
+
+@pytest.mark.parametrize("name, content", [(k, x) for k, ruins in RUINS.items() for x in ruins])
+def test_a_broken_file_of_a_run_is_named(name, content, runs, inputs, tmp_path, error_line):
+    run = tmp_path / "run"
+    shutil.copytree(runs(sft), run)
+    (run / name).write_bytes(content)
+    message = error_line(sft.main, small_args(sft, inputs, run, resume=True, epochs=3))
+    assert str(run / name) in message or (name == "args.json" and str(run) in message)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "metrics.jsonl"])
+def test_a_run_that_cannot_go_on_keeps_what_it_has(name, runs, inputs, tmp_path, error_line):
+    """Its model and its args.json, which a run that is prolonged writes anew."""
+    run = tmp_path / "run"
+    shutil.copytree(runs(sft), run)
+    (run / name).write_bytes(b"garbage\n")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    error_line(sft.main, small_args(sft, inputs, run, resume=True, epochs=3))
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after.items() >= before.items()
 
 
 # ------------------------------------------------------------------------------ folders
@@ -485,13 +698,96 @@ def test_a_folder_with_a_run(script, inputs, tmp_path, error_line, capsys):
     assert all(way in message for way in ("--resume", "--overwrite", "--run-dir"))
     args = dataclasses.replace(args, resume=True)
     message = error_line(script.main, dataclasses.replace(args, seed=5, learning_rate=1e-5))
-    assert "seed" in message and "learning_rate" in message and "batch_size" not in message
+    assert "seed 0, now 5" in message and "learning_rate" in message
+    assert "batch_size" not in message
+    length = next(name for name in ("rounds", "steps", "epochs") if hasattr(args, name))
+    fewer = getattr(args, length) - 1
+    message = error_line(script.main, dataclasses.replace(args, **{length: fewer}))
+    assert f"{length} {fewer + 1}, now {fewer}" in message
     with pytest.raises(SystemExit) as stop:
         script.main(args)
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
-    assert out.count("\n") == 1 and "finished" in out
+    assert f"is finished: its model is {tmp_path / 'run' / 'model'}" in out.splitlines()[-1]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+LONGER = {sft: ("epochs", 1, 2), ppo: ("steps", 3, 6), iterative_dpo: ("rounds", 1, 2)}
+
+
+@each_of(*LONGER)
+def test_a_finished_run_is_prolonged(script, inputs, tmp_path, monkeypatch, capsys):
+    """What it is trained on, and at what learning rate, is as if it had been this long at once."""
+    length, short, long = LONGER[script]
+    name = "make_batch" if script is sft else "rollout"
+    function, seen = getattr(script, name), []
+
+    def watched(*given, **rest):
+        rows = given[0] if script is sft else [ids for _, ids in given[4]]  # prompts
+        seen[-1].append(rows)
+        return function(*given, **rest)
+
+    monkeypatch.setattr(script, name, watched)
+    runs = []
+    for folder, count in (("whole", long), ("run", short), ("run", long)):
+        seen.append([])
+        changes = {length: count, "eval_every": 100, "save_every": 1}
+        runs.append(train(script, inputs, tmp_path / folder, **changes))
+        rows = metrics_of(runs[-1])
+    assert f"run goes on to {length} {long}, from {short}" in capsys.readouterr().out
+    whole, first, second = seen
+    evaluation = len(first) + len(second) - len(whole)  # calls of the one at the old end
+    assert 0 < evaluation < len(second) and first[:-evaluation] + second == whole
+    begun = len(rows) // 2 + 1
+    rates = [[row.get("lr") for row in metrics_of(run)[begun:]] for run in runs[1:]]
+    assert rates[0] == [row["lr"] for row in metrics_of(tmp_path / "whole" / "run")[begun:]]
+    assert json.loads((runs[1] / "args.json").read_text())[length] == long
+    assert (runs[1] / "model" / "model.safetensors").exists()
+
+
+FILES = [(sft, "dataset"), (sft, "eval_dataset"), (sft, "tokenizer"), (dpo, "model")]
+FILES += [(grpo, "reward_model"), (grpo, "reward"), (grpo, "gold")]
+
+
+def begun(script, flag, inputs, folder):
+    """args(inputs, run) -> Args, with which a run has begun in folder/run, from folder/inputs."""
+    shutil.copytree(inputs, folder / "inputs")
+    shutil.copytree(REVIEWS / "tokenizer", folder / "inputs" / "tokenizer")
+    (folder / "inputs" / "f.py").write_text("def f(completions, **_):\n    return []\n")
+
+    def args(where, run):
+        values = vars(small_args(script, Path(where), run)) | {"tokenizer": f"{where}/tokenizer"}
+        values |= {"gold": f"{where}/f.py:f", "reward": (f"{where}/f.py:f",)}
+        return small_args(script, inputs, run, resume=True, **{flag: values[flag]})
+
+    content = script.RunFolder(args(folder / "inputs", folder / "run")).args
+    (folder / "run").mkdir()
+    (folder / "run" / "args.json").write_text(json.dumps(content))
+    return args
+
+
+@pytest.mark.parametrize("script, flag", FILES, ids=lambda x: getattr(x, "__name__", x))
+def test_where_a_file_lies_is_no_setting(script, flag, inputs, tmp_path, monkeypatch):
+    """Nor is how its path is spelled: a run that moved with its files goes on."""
+    args = begun(script, flag, inputs, tmp_path)
+    (tmp_path / "inputs").rename(tmp_path / "moved")
+    (tmp_path / "run").rename(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    for where in ("moved", "./moved/../moved", tmp_path / "moved"):
+        script.RunFolder(args(where, "other"))  # exits where it refuses
+
+
+@pytest.mark.parametrize(
+    "script, flag", [FILES[i] for i in (0, 1, 3, 4)], ids=lambda x: getattr(x, "__name__", x)
+)
+def test_a_file_with_another_content_is_named(script, flag, inputs, tmp_path, error_line):
+    args = begun(script, flag, inputs, tmp_path)(tmp_path / "inputs", tmp_path / "run")
+    path = Path(getattr(args, flag))
+    path = path / "model.safetensors" if path.is_dir() else path
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\n" + content[-1:])  # as long as before
+    message = error_line(script.RunFolder, args)
+    assert f"{flag} {getattr(args, flag)}" in message and "seed" not in message
 
 
 @each_of(*ALL)

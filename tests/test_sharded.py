@@ -662,6 +662,9 @@ def test_a_run_on_a_mesh_is_a_run_of_grpo(shape, runs, inputs):
     run = runs(shape, **held_out)
     assert_same_numbers(run, runs())
     saved, expected = (json.loads((x / "args.json").read_text("utf-8")) for x in (run, runs()))
+    for found in (saved, expected):
+        sums = found.pop("checksums")
+        assert sums.keys() == {"model", "reward_model", "dataset", "eval_dataset"}
     assert saved == expected | held_out
     assert_complete(run)
     start = grpo.load_model(inputs / "lm")[1]
