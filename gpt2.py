@@ -141,7 +141,7 @@ def main(args):
 # The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
 # ==================================================================================================
 
-# -------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def dense(config, features, name, residual=False):
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-# ----------------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 
 def draw_token(key, logits, size=256):
@@ -343,7 +343,7 @@ def generate(
     return tokens, mask, logprobs
 
 
-# ------------------------------------------------------------------------------------- model folder
+# ------------------------------------------------------------------------------------ model folder
 
 # What a model folder takes over from the one that it came from.
 KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
@@ -428,7 +428,7 @@ def load_model(name):
     return config, unflatten_dict(params)
 
 
-# ------------------------------------------------------------------------------- tokenizer and data
+# ------------------------------------------------------------------------------ tokenizer and data
 
 
 def load_tokenizer(folder):
@@ -514,7 +514,7 @@ def decode_responses(tokenizer, tokens, mask, prompt_length, eos_id):
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, keep)]
 
 
-# --------------------------------------------------------------------------------------- run folder
+# -------------------------------------------------------------------------------------- run folder
 
 
 def fail(message):
@@ -548,12 +548,14 @@ def read_json(path):
 
 
 # Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
-RANGES = {"seed": (0, 2**31 - 1), "reward_weight": (-math.inf, math.inf)}
-RANGES |= dict.fromkeys(["warmup_steps", "process_id"], (0, 2**31 - 1))
-RANGES |= dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1))
-RANGES |= dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf))
-RANGES |= dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1))
-RANGES |= dict.fromkeys(["gamma", "lam"], (0, 1))
+RANGES = {
+    **dict.fromkeys(["seed", "warmup_steps", "process_id"], (0, 2**31 - 1)),
+    **dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1)),
+    **dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf)),
+    **dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1)),
+    **dict.fromkeys(["gamma", "lam"], (0, 1)),
+    "reward_weight": (-math.inf, math.inf),
+}
 
 
 def check_flags(args):

@@ -313,7 +313,7 @@ def main(args):
 # The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
 # ==================================================================================================
 
-# -------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ def dense(config, features, name, residual=False):
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-# ----------------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 
 def draw_token(key, logits, size=256):
@@ -496,7 +496,7 @@ def stream_key(seed, name, step):
     return jax.random.fold_in(stream, step)
 
 
-# ---------------------------------------------------------------------------------------- optimizer
+# --------------------------------------------------------------------------------------- optimizer
 
 
 def make_optimizer(args, total_steps):
@@ -541,7 +541,7 @@ def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metri
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-# ------------------------------------------------------------------------------------- model folder
+# ------------------------------------------------------------------------------------ model folder
 
 # What a model folder takes over from the one that it came from.
 KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
@@ -654,7 +654,7 @@ def save_model(folder, config, params, source, **more):
     os.replace(building, folder)
 
 
-# ------------------------------------------------------------------------------- tokenizer and data
+# ------------------------------------------------------------------------------ tokenizer and data
 
 
 def load_tokenizer(folder):
@@ -855,7 +855,7 @@ def padded_width(longest, max_length):
     return -(-longest // quarter) * quarter
 
 
-# --------------------------------------------------------------------------------------- run folder
+# -------------------------------------------------------------------------------------- run folder
 
 
 def fail(message):
@@ -899,12 +899,14 @@ def write_file(path, content):
 
 
 # Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
-RANGES = {"seed": (0, 2**31 - 1), "reward_weight": (-math.inf, math.inf)}
-RANGES |= dict.fromkeys(["warmup_steps", "process_id"], (0, math.inf))
-RANGES |= dict.fromkeys(["data", "fsdp", "tensor"], (-1, math.inf))
-RANGES |= dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf))
-RANGES |= dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1))
-RANGES |= dict.fromkeys(["gamma", "lam"], (0, 1))
+RANGES = {
+    **dict.fromkeys(["seed", "warmup_steps", "process_id"], (0, 2**31 - 1)),
+    **dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1)),
+    **dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf)),
+    **dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1)),
+    **dict.fromkeys(["gamma", "lam"], (0, 1)),
+    "reward_weight": (-math.inf, math.inf),
+}
 
 
 def check_flags(args):
@@ -920,10 +922,14 @@ def check_flags(args):
 
 
 def checksum(value):
-    """Of a data file or a model folder's weights, which are the same wherever they lie."""
-    path = Path(str(value))
-    path = path / "model.safetensors" if path.is_dir() else path
-    return zlib.crc32(path.read_bytes()) if path.is_file() else None
+    """Of what a flag names, wherever it lies: a data file, a model's weights, a reward's file."""
+    if isinstance(value, list):
+        found = [checksum(x) for x in value]
+        return found if all(found) else None
+    path, _, function = str(value).partition(":")
+    names = (path, f"{path}/model.safetensors", f"{path}/tokenizer.json")
+    file = next((Path(name) for name in names if Path(name).is_file()), None)
+    return file and f"{zlib.crc32(file.read_bytes())} {function}"
 
 
 # What may be changed when a run is resumed; beside these, its length may grow.
@@ -960,7 +966,8 @@ class RunFolder:
             ways = "pass --resume, --overwrite or another --run-dir"
             check(self.resume, f"{self.path} holds a run: {ways}")
             print(f"resuming {self.path}")
-            self.check_unchanged(read_json(self.path / "args.json"))
+            with file_access(self.path / "args.json"):
+                self.check_unchanged(read_json(self.path / "args.json"))
 
     def check_unchanged(self, before):
         """Fails where a resumed run has other flags or data; ends a run that is finished."""
@@ -986,20 +993,25 @@ class RunFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new = self.resume or self.overwrite or not (self.path / "args.json").exists()
         check(new, f"another run has begun in {self.path} since this one was started")
-        for path in self.path.iterdir():  # the model of a run that has grown is written anew
-            if path.name == "model" or (self.overwrite and path.name != ".lock"):
+        for path in self.path.iterdir() if self.overwrite else ():
+            if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
         step = self.checkpoint_step()
         if step:
             with file_access(self.path / "checkpoint.safetensors"):
                 saved = safetensors.flax.load_file(self.path / "checkpoint.safetensors")
                 state = jax.tree.map_with_path(lambda p, _: saved[jax.tree_util.keystr(p)], state)
-        for log in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+        logs = {self.path / "metrics.jsonl": b"", self.path / "samples.jsonl": b""}
+        for log in logs if step else ():
             with file_access(log):
-                lines = log.read_bytes().splitlines(True) if step and log.exists() else []
+                lines = log.read_bytes().splitlines(True)
                 kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
-            write_file(log, b"".join(kept))
+                logs[log] = b"".join(kept)
+        # All that this run goes on from has been read: from here on it writes.
+        shutil.rmtree(self.path / "model", ignore_errors=True)  # a run that has grown had one
+        write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
+        for log, content in logs.items():
+            write_file(log, content)
         self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
         for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
             self.writer.file_writer.add_summary(summary)
@@ -1023,7 +1035,9 @@ class RunFolder:
         for name, value in metrics.items():
             self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
         values = [f"  {name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        self.held_out = "".join(x for x in values if "  eval/" in x) or self.held_out
+        named = ("eval/loss", "eval/rewards/accuracies", "eval/reward", "eval/gold/reward")
+        held_out = [f"  {name} {metrics[name]:.4g}" for name in named if name in metrics]
+        self.held_out = "".join(held_out) or self.held_out
         done = step - self.first_step
         seconds = (time.monotonic() - self.started) * (self.total_steps - step) / max(done, 1)
         left = f"  {seconds:.0f} s left" if done else ""

@@ -673,7 +673,7 @@ def main(args):
         if run.due(step, args.eval_every):
             metrics |= evaluate_and_sample(step)
         if run.due(step, args.log_every, args.eval_every, args.save_every):
-            run.log(step, metrics, "reward", "objective/kl", "gold/reward", "eval/reward")
+            run.log(step, metrics, "reward", "objective/kl", "gold/reward")
         if args.ref_sync_steps is not None and step % args.ref_sync_steps == 0:
             moved = optax.incremental_update(state.params, state.ref_params, args.ref_mixup_alpha)
             state = state._replace(ref_params=moved)
@@ -690,7 +690,7 @@ def main(args):
 # The line. From here on the text is the same in every script that has it: read it once, in gpt2.py.
 # ==================================================================================================
 
-# -------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -836,7 +836,7 @@ def dense(config, features, name, residual=False):
     return nn.DenseGeneral(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-# ----------------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 
 def draw_token(key, logits, size=256):
@@ -898,7 +898,7 @@ def stream_key(seed, name, step):
     return jax.random.fold_in(stream, step)
 
 
-# ---------------------------------------------------------------------------------------- optimizer
+# --------------------------------------------------------------------------------------- optimizer
 
 
 def make_optimizer(args, total_steps):
@@ -943,7 +943,7 @@ def accumulate_gradients(loss_fn, params, batch, counts, micro_batch_size, metri
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-# ------------------------------------------------------------------------------------- model folder
+# ------------------------------------------------------------------------------------ model folder
 
 # What a model folder takes over from the one that it came from.
 KEPT_FILES = ("*config.json", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
@@ -1056,7 +1056,7 @@ def save_model(folder, config, params, source, **more):
     os.replace(building, folder)
 
 
-# ------------------------------------------------------------------------------- tokenizer and data
+# ------------------------------------------------------------------------------ tokenizer and data
 
 
 def load_tokenizer(folder):
@@ -1291,7 +1291,7 @@ def call_reward(function, rows, completions):
     return scores.astype(np.float32)
 
 
-# --------------------------------------------------------------------------------------- run folder
+# -------------------------------------------------------------------------------------- run folder
 
 
 def fail(message):
@@ -1335,12 +1335,14 @@ def write_file(path, content):
 
 
 # Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
-RANGES = {"seed": (0, 2**31 - 1), "reward_weight": (-math.inf, math.inf)}
-RANGES |= dict.fromkeys(["warmup_steps", "process_id"], (0, math.inf))
-RANGES |= dict.fromkeys(["data", "fsdp", "tensor"], (-1, math.inf))
-RANGES |= dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf))
-RANGES |= dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1))
-RANGES |= dict.fromkeys(["gamma", "lam"], (0, 1))
+RANGES = {
+    **dict.fromkeys(["seed", "warmup_steps", "process_id"], (0, 2**31 - 1)),
+    **dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1)),
+    **dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf)),
+    **dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1)),
+    **dict.fromkeys(["gamma", "lam"], (0, 1)),
+    "reward_weight": (-math.inf, math.inf),
+}
 
 
 def check_flags(args):
@@ -1356,10 +1358,14 @@ def check_flags(args):
 
 
 def checksum(value):
-    """Of a data file or a model folder's weights, which are the same wherever they lie."""
-    path = Path(str(value))
-    path = path / "model.safetensors" if path.is_dir() else path
-    return zlib.crc32(path.read_bytes()) if path.is_file() else None
+    """Of what a flag names, wherever it lies: a data file, a model's weights, a reward's file."""
+    if isinstance(value, list):
+        found = [checksum(x) for x in value]
+        return found if all(found) else None
+    path, _, function = str(value).partition(":")
+    names = (path, f"{path}/model.safetensors", f"{path}/tokenizer.json")
+    file = next((Path(name) for name in names if Path(name).is_file()), None)
+    return file and f"{zlib.crc32(file.read_bytes())} {function}"
 
 
 # What may be changed when a run is resumed; beside these, its length may grow.
@@ -1398,7 +1404,8 @@ class RunFolder:
             ways = "pass --resume, --overwrite or another --run-dir"
             check(self.resume, f"{self.path} holds a run: {ways}")
             print(f"resuming {self.path}")
-            self.check_unchanged(read_json(self.path / "args.json"))
+            with file_access(self.path / "args.json"):
+                self.check_unchanged(read_json(self.path / "args.json"))
         self.checkpoints = self.path.resolve() / "checkpoint"
         sync_global_devices("every process has seen the folder as it was")
         if jax.process_index() > 0:  # the logs are process 0's; these vanish
@@ -1429,10 +1436,11 @@ class RunFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new = self.resume or self.overwrite or not (self.path / "args.json").exists()
         check(new, f"another run has begun in {self.path} since this one was started")
-        for path in self.path.iterdir():  # the model of a run that has grown is written anew
-            if path.name == "model" or (self.overwrite and path.name != ".lock"):
+        for path in self.path.iterdir() if self.overwrite else ():
+            if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
+        if not (self.path / "args.json").exists():  # the other processes look for it
+            write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
         options = {"max_to_keep": 1, "cleanup_tmp_directories": True}
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
         self.manager = ocp.CheckpointManager(self.checkpoints, options=options)  # waits for all
@@ -1443,11 +1451,17 @@ class RunFolder:
             state = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             with file_access(self.checkpoints):
                 state = self.manager.restore(step, args=ocp.args.StandardRestore(state))
-        for log in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+        logs = {self.path / "metrics.jsonl": b"", self.path / "samples.jsonl": b""}
+        for log in logs if step else ():
             with file_access(log):
-                lines = log.read_bytes().splitlines(True) if step and log.exists() else []
+                lines = log.read_bytes().splitlines(True)
                 kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
-            write_file(log, b"".join(kept))
+                logs[log] = b"".join(kept)
+        # All that this run goes on from has been read: from here on it writes.
+        shutil.rmtree(self.path / "model", ignore_errors=True)  # a run that has grown had one
+        write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
+        for log, content in logs.items():
+            write_file(log, content)
         self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
         for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
             self.writer.file_writer.add_summary(summary)
@@ -1471,7 +1485,9 @@ class RunFolder:
         for name, value in metrics.items():
             self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
         values = [f"  {name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        self.held_out = "".join(x for x in values if "  eval/" in x) or self.held_out
+        named = ("eval/loss", "eval/rewards/accuracies", "eval/reward", "eval/gold/reward")
+        held_out = [f"  {name} {metrics[name]:.4g}" for name in named if name in metrics]
+        self.held_out = "".join(held_out) or self.held_out
         done = step - self.first_step
         seconds = (time.monotonic() - self.started) * (self.total_steps - step) / max(done, 1)
         left = f"  {seconds:.0f} s left" if done else ""

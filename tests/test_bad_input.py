@@ -12,7 +12,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,9 +54,7 @@ import neighbour
 def short(completions, **_): return [1.0]
 def broken(completions, **_): return [1 / 0 for _ in completions]
 def nan(completions, **_): return [float("nan")] * len(completions)
-def none(completions, **_): return [None] * len(completions)
 def one(completions, **_): return [1.0] * len(completions)
-def index(completions, number, **_): return [n / 10 for n in number]
 def by_prompt(prompts, **_): return [len(prompt) for prompt in prompts]
 def strict(prompts, completions): return [1.0] * len(completions)
 def leaves(completions, **_): sys.exit(0)
@@ -837,6 +834,7 @@ def test_an_error_in_a_process(name, tmp_path):
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_console_that_knows_no_other_characters(inputs, tmp_path):
     """What it cannot print, half characters too, is replaced: the model is there in the end."""
     rows = [{"prompt": "映画\ud800", "completion": " 😀"}] * 8
