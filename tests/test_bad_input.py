@@ -578,7 +578,7 @@ def test_what_is_no_list_of_scores(value, capsys):
         np.array([1, 1, None]),
         [jnp.float32(1), np.int64(1), None],
     ],
-    ids=str,
+    ids=["tuple", "iterator", "array", "numbers of other libraries"],
 )
 def test_what_is_a_list_of_scores(value):
     found = ppo.call_reward(answers(value), [{"prompt": "a"}] * 3, ["b"] * 3)

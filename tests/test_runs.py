@@ -506,6 +506,21 @@ def test_ctrl_c_lets_a_round_end(runs, inputs, tmp_path, capsys):
     assert_same_run(train(iterative_dpo, inputs, tmp_path), runs(iterative_dpo))
 
 
+@pytest.fixture
+def start():
+    """subprocess.Popen, whose processes do not outlive the test."""
+    processes = []
+
+    def popen(*args, **options):
+        processes.append(subprocess.Popen(*args, **options))
+        return processes[-1]
+
+    yield popen
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def wait_for(happened, process, seconds=60):
     deadline = time.monotonic() + seconds
     while not happened():
@@ -513,7 +528,7 @@ def wait_for(happened, process, seconds=60):
         time.sleep(0.002)
 
 
-def test_ctrl_c_sigterm_and_kill_9(inputs, tmp_path):
+def test_ctrl_c_sigterm_and_kill_9(inputs, tmp_path, start):
     """A process that is stopped twice, killed, and each time resumed comes to the same end."""
     changes = {"epochs": 50, "save_every": 1, "eval_every": 100}
     whole = train(sft, inputs, tmp_path, **changes)
@@ -527,7 +542,7 @@ def test_ctrl_c_sigterm_and_kill_9(inputs, tmp_path):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before = lines()
-        process = subprocess.Popen(command(sft, args), **streams)
+        process = start(command(sft, args), **streams)
         wait_for(lambda before=before: lines() > before + 1, process)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
@@ -540,7 +555,7 @@ def test_ctrl_c_sigterm_and_kill_9(inputs, tmp_path):
         assert metrics_of(run)[-1]["step"] == step
 
     before = lines()
-    process = subprocess.Popen(command(sft, args), **streams)
+    process = start(command(sft, args), **streams)
     wait_for(lambda: lines() > before, process)
     time.sleep(random.random() / 4)
     process.kill()
@@ -564,7 +579,7 @@ def f(completions, **_):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_a_run_at_once(first, inputs, tmp_path, error_line):
+def test_the_second_signal_ends_a_run_at_once(first, inputs, tmp_path, start, error_line):
     """Also inside a reward function that sleeps; and the cursor comes back.
 
     While the run lives no other process may write in its folder; afterwards it may.
@@ -575,7 +590,7 @@ def test_the_second_signal_ends_a_run_at_once(first, inputs, tmp_path, error_lin
     leader, follower = pty.openpty()
     os.set_blocking(leader, False)
     env, shown = os.environ | {"TERM": "xterm"}, []
-    process = subprocess.Popen(command(grpo, args), stdout=follower, stderr=follower, env=env)
+    process = start(command(grpo, args), stdout=follower, stderr=follower, env=env)
 
     def screen():
         with contextlib.suppress(BlockingIOError):
