@@ -383,10 +383,9 @@ def draw(path, names, drawn, curves, trusted_kl):
 
 
 def main(args):
+    ppo.check_flags(args)
     if min(args.num_prompts, args.frontier_prompts) < 2:
         fail("--num-prompts and --frontier-prompts must be 2 at least: errors are over prompts")
-    if min(args.samples_per_prompt, args.frontier_samples, args.share_samples, args.batch_size) < 1:
-        fail("numbers of samples and --batch-size must be 1 at least")
     if args.temperature <= 0:
         fail("--temperature must be above 0: there is no KL from a policy that takes one token")
     if args.kl_coef is not None and not (args.kl_coef > 0 and args.reward_model):
@@ -408,16 +407,18 @@ def main(args):
     def load(folder):
         """A model that reads the reference's tokens."""
         config, params = ppo.load_model(folder)
-        if ppo.token_ids(ppo.load_tokenizer(folder)) != ppo.token_ids(tokenizer):
+        own = ppo.load_tokenizer(folder)
+        same = ppo.token_ids(own) == ppo.token_ids(tokenizer)
+        if not same or ppo.end_token(config, own) != eos_id:
             fail(f"{folder} and {args.ref} have different tokenizers")
         ppo.check_sizes(config, tokenizer, args)
         return config, params
 
+    eos_id = ppo.end_token(ppo.load_config(ppo.find_model(args.ref)), tokenizer)
     ref_config, ref_params = load(args.ref)
     reward_config, reward_params = load(args.reward_model) if args.reward_model else (None, {})
     if args.reward_model and "score" not in reward_params:
         fail(f"{args.reward_model} is not a reward model: it has no score.weight")
-    eos_id = ppo.end_token(ref_config, tokenizer)
     rows = ppo.read_jsonl(args.dataset, ["prompt"])
     rows = ppo.encode_rows(rows, [], tokenizer, eos_id, args)  # [(row, [token ids])]
     prompts = [row["prompt"] for row, _ in rows]

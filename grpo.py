@@ -376,10 +376,9 @@ def load_rewards(args, tokenizer, eos_id):
     counts = f"{len(args.reward)} times --reward, but {len(weights)} times --reward-weight"
     check(len(args.reward) == len(weights), counts)
     check(args.reward_model or any(weights), "every --reward-weight is 0: nothing can be learned")
-    functions = [
-        (name.rpartition(":")[2], load_function(name), weight)
-        for name, weight in zip(args.reward, weights)
-    ]
+    names = [name.rpartition(":")[2] for name in args.reward]  # by which they are logged
+    names = [x if names.count(x) == 1 else y for x, y in zip(names, args.reward)]
+    functions = list(zip(names, map(load_function, args.reward), weights))
     learned = None
     if args.reward_model:
         learned = load_model(args.reward_model)
@@ -848,7 +847,8 @@ def load_config(folder):
         if field.name in saved and field.name not in ("dtype", "remat"):
             values[field.name] = value = saved[field.name]
             kinds = (int, float) if field.type is float else field.type
-            right = isinstance(value, kinds) and (type(field.default) is not int or value > 0)
+            right = isinstance(value, kinds) and isinstance(value, bool) == (field.type is bool)
+            right = right and (type(field.default) is not int or 0 < value < 2**31)
             check(right, f"{path}: {field.name} cannot be {value!r}")
     sizes = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
     check(sizes <= values.keys(), f"{path} lacks {', '.join(sorted(sizes - values.keys()))}")
@@ -926,7 +926,7 @@ def load_tokenizer(folder):
     with file_access(f"the tokenizer of {folder}"):
         if (folder / "tokenizer.json").exists():
             saved = read_json(folder / "tokenizer.json")
-            model, split = saved["model"], saved["pre_tokenizer"]
+            model, split = saved["model"], saved["pre_tokenizer"] or {"type": None}
             after = saved.get("post_processor") or split
             usual = (model["type"], split["type"], after["type"]) == (
                 "BPE",
@@ -934,7 +934,8 @@ def load_tokenizer(folder):
                 "ByteLevel",
             )
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
-            unusual += [model.get("end_of_word_suffix"), not split.get("use_regex", True)]
+            unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
+            unusual += [not split.get("use_regex", True), not model.get("merges")]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
             check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
             vocabulary, merges = model["vocab"], model["merges"]
@@ -967,6 +968,8 @@ def load_tokenizer(folder):
             check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} so")
         ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
         special = {token: i for token, i in vocabulary.items() if token not in plain} | added
+        twice = len(ids) + len(special) - len({*ids, *special.values()})
+        check(twice == 0, f"{folder}: {twice} ids of the vocabulary belong to two tokens")
         # Where to cut a text before the merges begin: GPT-2's pattern.
         cut = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
         return tiktoken.Encoding("", pat_str=cut, mergeable_ranks=ranks, special_tokens=special)
@@ -1047,8 +1050,9 @@ EMBEDDED = Path("data/reviews").resolve()
 def read_data(args, fields, instead=None):
     """(rows to train on, held-out rows); without --eval-dataset, the last of one's own rows."""
     rows, held_out = read_jsonl(args.dataset, fields, instead), args.eval_dataset
-    if held_out is None and Path(args.dataset).resolve().parent == EMBEDDED:
-        held_out = f"data/reviews/{Path(args.dataset).name.split('_')[0]}_test.jsonl"
+    kind, train, _ = Path(args.dataset).name.partition("_train")
+    if held_out is None and train and Path(args.dataset).resolve().parent == EMBEDDED:
+        held_out = f"data/reviews/{kind}_test.jsonl"
     if held_out:
         held_out_rows = read_jsonl(held_out, fields, instead)
     else:
@@ -1114,14 +1118,18 @@ def load_function(name):
     there = path.endswith(".py") and Path(path).is_file()
     check(there, f"no file for {name}: a reward is given as file.py:function")
     sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
-    module_name = path if Path(path).stem in sys.modules else Path(path).stem
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
+    module_name, source = Path(path).stem, (path, Path(path).read_bytes())
+    module = sys.modules.get(module_name)
+    if getattr(module, "loaded_from", None) != source:  # one module for all functions of a file
+        module_name += "_" * (module is not None)
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
+        module.loaded_from = source
     check(callable(getattr(module, function, None)), f"{path} has no function {function}")
     return getattr(module, function)
 
@@ -1140,14 +1148,15 @@ def call_reward(function, rows, completions):
     name = getattr(function, "__name__", repr(function))
     try:
         found = function(**columns)
-        found = None if isinstance(found, dict) else [np.nan if x is None else x for x in found]
-        scores = np.array(found)
+        found = None if isinstance(found, dict) else list(found)
+        scores = np.array([np.nan if x is None else x for x in found or []])
     except (Exception, SystemExit) as error:  # the user's own: where it happened is what counts
         traceback.print_exc()
         fail(f"the reward function {name} raised {type(error).__name__}: {error}")
     right = scores.shape == (len(rows),) and scores.dtype.kind in "fiub"
-    check(right, f"the reward function {name} must return {len(rows)} numbers, not {found}")
-    wrong = [x for x, score in zip(found, scores) if not math.isfinite(score) and x is not np.nan]
+    shown = str(found)[:200]
+    check(right, f"the reward function {name} must return {len(rows)} numbers, not {shown}")
+    wrong = [x for x in found if x is not None and not math.isfinite(x)]
     check(not wrong, f"the reward function {name} returned {wrong[:1]}: no finite number, no None")
     return scores.astype(np.float32)
 
@@ -1197,7 +1206,7 @@ def write_file(path, content):
 
 # Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
 RANGES = {
-    **dict.fromkeys(["seed", "warmup_steps", "process_id"], (0, 2**31 - 1)),
+    **dict.fromkeys(["seed", "warmup_steps", "process_id", "examples"], (0, 2**31 - 1)),
     **dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1)),
     **dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf)),
     **dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1)),

@@ -248,14 +248,15 @@ def main(args):
     )
     rows = [ids for _, ids in pairs]  # [[prompt, chosen, rejected], …]
     eval_rows = [ids for _, ids in eval_pairs]
-    margins = [row.get("margin", 0.0) for row, _ in pairs]
+    margins = [row.get("margin") for row, _ in pairs]
+    margins = [0.0 if margin is None else margin for margin in margins]
 
     check("score" not in sft_params, f"{args.model} is a reward model, not a language model")
     check_sizes(config, tokenizer, args)
     check(args.temperature > 0, "--temperature must be above 0")
     spread = "--num-generations must be at least 2: one sample has no standard deviation"
     check(args.num_generations >= 2, spread)
-    numbers = all(isinstance(margin, int | float) for margin in margins)
+    numbers = all(type(margin) in (int, float) and abs(margin) < 1e30 for margin in margins)
     check(numbers, f'a "margin" in {args.dataset} is not a number')
     fits = args.batch_size % args.micro_batch_size == 0
     check(fits, f"--micro-batch-size does not divide --batch-size {args.batch_size}")
@@ -617,7 +618,8 @@ def load_config(folder):
         if field.name in saved and field.name not in ("dtype", "remat"):
             values[field.name] = value = saved[field.name]
             kinds = (int, float) if field.type is float else field.type
-            right = isinstance(value, kinds) and (type(field.default) is not int or value > 0)
+            right = isinstance(value, kinds) and isinstance(value, bool) == (field.type is bool)
+            right = right and (type(field.default) is not int or 0 < value < 2**31)
             check(right, f"{path}: {field.name} cannot be {value!r}")
     sizes = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
     check(sizes <= values.keys(), f"{path} lacks {', '.join(sorted(sizes - values.keys()))}")
@@ -695,7 +697,7 @@ def load_tokenizer(folder):
     with file_access(f"the tokenizer of {folder}"):
         if (folder / "tokenizer.json").exists():
             saved = read_json(folder / "tokenizer.json")
-            model, split = saved["model"], saved["pre_tokenizer"]
+            model, split = saved["model"], saved["pre_tokenizer"] or {"type": None}
             after = saved.get("post_processor") or split
             usual = (model["type"], split["type"], after["type"]) == (
                 "BPE",
@@ -703,7 +705,8 @@ def load_tokenizer(folder):
                 "ByteLevel",
             )
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
-            unusual += [model.get("end_of_word_suffix"), not split.get("use_regex", True)]
+            unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
+            unusual += [not split.get("use_regex", True), not model.get("merges")]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
             check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
             vocabulary, merges = model["vocab"], model["merges"]
@@ -736,6 +739,8 @@ def load_tokenizer(folder):
             check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} so")
         ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
         special = {token: i for token, i in vocabulary.items() if token not in plain} | added
+        twice = len(ids) + len(special) - len({*ids, *special.values()})
+        check(twice == 0, f"{folder}: {twice} ids of the vocabulary belong to two tokens")
         # Where to cut a text before the merges begin: GPT-2's pattern.
         cut = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
         return tiktoken.Encoding("", pat_str=cut, mergeable_ranks=ranks, special_tokens=special)
@@ -802,8 +807,9 @@ EMBEDDED = Path("data/reviews").resolve()
 def read_data(args, fields, instead=None):
     """(rows to train on, held-out rows); without --eval-dataset, the last of one's own rows."""
     rows, held_out = read_jsonl(args.dataset, fields, instead), args.eval_dataset
-    if held_out is None and Path(args.dataset).resolve().parent == EMBEDDED:
-        held_out = f"data/reviews/{Path(args.dataset).name.split('_')[0]}_test.jsonl"
+    kind, train, _ = Path(args.dataset).name.partition("_train")
+    if held_out is None and train and Path(args.dataset).resolve().parent == EMBEDDED:
+        held_out = f"data/reviews/{kind}_test.jsonl"
     if held_out:
         held_out_rows = read_jsonl(held_out, fields, instead)
     else:
@@ -918,7 +924,7 @@ def write_file(path, content):
 
 # Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
 RANGES = {
-    **dict.fromkeys(["seed", "warmup_steps", "process_id"], (0, 2**31 - 1)),
+    **dict.fromkeys(["seed", "warmup_steps", "process_id", "examples"], (0, 2**31 - 1)),
     **dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1)),
     **dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf)),
     **dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1)),

@@ -541,7 +541,8 @@ def load_config(folder):
         if field.name in saved and field.name not in ("dtype", "remat"):
             values[field.name] = value = saved[field.name]
             kinds = (int, float) if field.type is float else field.type
-            right = isinstance(value, kinds) and (type(field.default) is not int or value > 0)
+            right = isinstance(value, kinds) and isinstance(value, bool) == (field.type is bool)
+            right = right and (type(field.default) is not int or 0 < value < 2**31)
             check(right, f"{path}: {field.name} cannot be {value!r}")
     sizes = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
     check(sizes <= values.keys(), f"{path} lacks {', '.join(sorted(sizes - values.keys()))}")
@@ -619,7 +620,7 @@ def load_tokenizer(folder):
     with file_access(f"the tokenizer of {folder}"):
         if (folder / "tokenizer.json").exists():
             saved = read_json(folder / "tokenizer.json")
-            model, split = saved["model"], saved["pre_tokenizer"]
+            model, split = saved["model"], saved["pre_tokenizer"] or {"type": None}
             after = saved.get("post_processor") or split
             usual = (model["type"], split["type"], after["type"]) == (
                 "BPE",
@@ -627,7 +628,8 @@ def load_tokenizer(folder):
                 "ByteLevel",
             )
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
-            unusual += [model.get("end_of_word_suffix"), not split.get("use_regex", True)]
+            unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
+            unusual += [not split.get("use_regex", True), not model.get("merges")]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
             check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
             vocabulary, merges = model["vocab"], model["merges"]
@@ -660,6 +662,8 @@ def load_tokenizer(folder):
             check(parts == [left, right], f"{folder}: tiktoken would not make {left + right} so")
         ranks = {bytes(characters[c] for c in token): i for token, i in zip(plain, ids)}
         special = {token: i for token, i in vocabulary.items() if token not in plain} | added
+        twice = len(ids) + len(special) - len({*ids, *special.values()})
+        check(twice == 0, f"{folder}: {twice} ids of the vocabulary belong to two tokens")
         # Where to cut a text before the merges begin: GPT-2's pattern.
         cut = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
         return tiktoken.Encoding("", pat_str=cut, mergeable_ranks=ranks, special_tokens=special)
@@ -740,8 +744,9 @@ EMBEDDED = Path("data/reviews").resolve()
 def read_data(args, fields, instead=None):
     """(rows to train on, held-out rows); without --eval-dataset, the last of one's own rows."""
     rows, held_out = read_jsonl(args.dataset, fields, instead), args.eval_dataset
-    if held_out is None and Path(args.dataset).resolve().parent == EMBEDDED:
-        held_out = f"data/reviews/{Path(args.dataset).name.split('_')[0]}_test.jsonl"
+    kind, train, _ = Path(args.dataset).name.partition("_train")
+    if held_out is None and train and Path(args.dataset).resolve().parent == EMBEDDED:
+        held_out = f"data/reviews/{kind}_test.jsonl"
     if held_out:
         held_out_rows = read_jsonl(held_out, fields, instead)
     else:
@@ -856,7 +861,7 @@ def write_file(path, content):
 
 # Lowest and highest value of a flag. Others are whole numbers from 1, or fractions from 0.
 RANGES = {
-    **dict.fromkeys(["seed", "warmup_steps", "process_id"], (0, 2**31 - 1)),
+    **dict.fromkeys(["seed", "warmup_steps", "process_id", "examples"], (0, 2**31 - 1)),
     **dict.fromkeys(["data", "fsdp", "tensor"], (-1, 2**31 - 1)),
     **dict.fromkeys(["max_grad_norm", "beta", "kl_target", "stop_kl"], (1e-6, math.inf)),
     **dict.fromkeys(["top_p", "ref_mixup_alpha"], (1e-6, 1)),
