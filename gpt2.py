@@ -447,7 +447,7 @@ def load_tokenizer(folder):
             )
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
             unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
-            unusual += [not split.get("use_regex", True), not model.get("merges")]
+            unusual += [not split.get("use_regex", True), not isinstance(model.get("merges"), list)]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
             check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
             vocabulary, merges = model["vocab"], model["merges"]

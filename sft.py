@@ -87,8 +87,9 @@ import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from rich.progress import Progress
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import hparams, scalar
 
 # ------------------------------------------------------------------------------------------ losses
 
@@ -629,7 +630,7 @@ def load_tokenizer(folder):
             )
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
             unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
-            unusual += [not split.get("use_regex", True), not model.get("merges")]
+            unusual += [not split.get("use_regex", True), not isinstance(model.get("merges"), list)]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
             check(usual and not any(unusual), f"{folder}/tokenizer.json: {plain}")
             vocabulary, merges = model["vocab"], model["merges"]
@@ -908,7 +909,7 @@ class RunFolder:
         check(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         sums = {name: checksum(value) for name, value in self.args.items()}
         self.args["checksums"] = {name: value for name, value in sums.items() if value}
-        self.stopped, self.bar, self.process = 0, None, os.getpid()
+        self.asked, self.stopped, self.bar, self.process = 0, 0, None, os.getpid()
         self.held_out, self.samples = "", []
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
@@ -973,9 +974,13 @@ class RunFolder:
         write_file(self.path / "args.json", json.dumps(self.args, indent=2).encode())
         for log, content in logs.items():
             write_file(log, content)
-        self.writer = SummaryWriter(str(self.path), purge_step=step + 1 if step else 0)
-        for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
-            self.writer.file_writer.add_summary(summary)
+        # Not a SummaryWriter: its thread dies on a full disk, and then its queue never empties.
+        with file_access(self.path):
+            self.events = EventsWriter(str(self.path / "events"))
+            begin = SessionLog(status=SessionLog.START)  # TensorBoard forgets what was from here on
+            self.events.write_event(Event(step=step + 1 if step else 0, session_log=begin))
+            for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
+                self.events.write_event(Event(wall_time=time.time(), summary=summary))
         size = sum(x.size for x in jax.tree.leaves(state.params))
         device = f"{jax.device_count()} {jax.default_backend()} ({jax.devices()[0].device_kind})"
         print(f"model: {self.args['model'] or 'new'}, {size:,} parameters; device: {device}")
@@ -993,8 +998,11 @@ class RunFolder:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         row = {"step": step, "perf/time": time.time(), **metrics, **dict.fromkeys(bad)}  # no NaN
         self.append("metrics.jsonl", row)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        with file_access(self.path):
+            for name, value in metrics.items():
+                summary = scalar(name if "/" in name else f"train/{name}", value)
+                self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self.events.flush()
         values = [f"  {name} {metrics[name]:.4g}" for name in shown if name in metrics]
         named = ("eval/loss", "eval/rewards/accuracies", "eval/reward", "eval/gold/reward")
         held_out = [f"  {name} {metrics[name]:.4g}" for name in named if name in metrics]
@@ -1023,6 +1031,7 @@ class RunFolder:
 
     def must_save(self, step, every):
         """Whether a checkpoint is due, or the run was asked to stop."""
+        self.stopped = self.asked
         return self.due(step, every) or self.stopped > 0
 
     def save(self, step, state):
@@ -1044,21 +1053,19 @@ class RunFolder:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.bar is None or os.getpid() != self.process:  # before the run, or in a child
             raise SystemExit(128 + number)
-        self.stopped = number
+        self.asked = number
         self.bar.console.show_cursor()
         print("stopping as soon as this step is done and saved; once more: at once", flush=True)
 
     def end_if_stopped(self, step):
         if self.stopped:
             self.bar.stop()
-            self.writer.close()
             print(f"stopped after step {step}, which is saved: --resume goes on")
             raise SystemExit(128 + self.stopped)
 
     def finish(self, command):
         """The last lines: samples, the held-out figures, where the model is, what comes next."""
         self.bar.stop()
-        self.writer.close()
         for row in self.samples[:3]:
             texts = [value for value in row.values() if isinstance(value, str)]
             numbers = [f"{name} {x:.2f}" for name, x in row.items() if isinstance(x, float)]

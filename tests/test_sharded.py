@@ -663,8 +663,7 @@ def test_a_run_on_a_mesh_is_a_run_of_grpo(shape, runs, inputs):
     assert_same_numbers(run, runs())
     saved, expected = (json.loads((x / "args.json").read_text("utf-8")) for x in (run, runs()))
     for found in (saved, expected):
-        sums = found.pop("checksums")
-        assert sums.keys() == {"model", "reward_model", "dataset", "eval_dataset"}
+        del found["checksums"]["eval_dataset"]
     assert saved == expected | held_out
     assert_complete(run)
     start = grpo.load_model(inputs / "lm")[1]
@@ -750,7 +749,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs, inputs, tmp_path, error_li
         patch.setattr(sharded.RunFolder, "save", save_on_a_full_disk)
         message = error_line(train, inputs, tmp_path, (2, 2, 2))
     assert str(tmp_path / "run" / "checkpoint") in message and len(message) < 400
-    assert_bit_equal(train(inputs, tmp_path, (2, 2, 2)), runs((2, 2, 2)))
+    # In a copy, which no thread of the run that failed still writes to.
+    shutil.copytree(tmp_path / "run", tmp_path / "copy" / "run")
+    assert_bit_equal(train(inputs, tmp_path / "copy", (2, 2, 2)), runs((2, 2, 2)))
 
 
 # ------------------------------------------------------------------------------ bad input
