@@ -15,7 +15,7 @@ embedded data; the optimum is then no longer pi*. Plain DPO is --nll-coef 0.
         --max-prompt-length 128 --max-completion-length 384 --nll-coef 0
 
 Data is JSON Lines: {"prompt", "chosen", "rejected"}. With the defaults it
-takes about 50 s on two CPU cores; results: README.md.
+takes some 2 minutes on two CPU cores; results: README.md.
 Compare: diff dpo.py iterative_dpo.py.
 """
 
@@ -1155,7 +1155,7 @@ class RunFolder:
         logs = {self.path / "metrics.jsonl": b"", self.path / "samples.jsonl": b""}
         for log in logs if step else ():
             with file_access(log):
-                lines = log.read_bytes().splitlines(True)
+                lines = log.read_bytes().splitlines(True) if log.exists() else []
                 kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
                 logs[log] = b"".join(kept)
         # All that this run goes on from has been read: from here on it writes.

@@ -1313,7 +1313,7 @@ class RunFolder:
         logs = {self.path / "metrics.jsonl": b"", self.path / "samples.jsonl": b""}
         for log in logs if step else ():
             with file_access(log):
-                lines = log.read_bytes().splitlines(True)
+                lines = log.read_bytes().splitlines(True) if log.exists() else []
                 kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
                 logs[log] = b"".join(kept)
         # All that this run goes on from has been read: from here on it writes.

@@ -12,7 +12,7 @@ Data is JSON Lines: {"prompt", "chosen", "rejected"}, and a number "margin"
 where one is known. At the end the score is shifted and scaled on samples of
 the model it started from: mean 0, standard deviation 1 within a prompt, so
 that a KL coefficient means the same whatever the data's scale. With the
-defaults it takes about 70 s on two CPU cores; results: README.md.
+defaults it takes some 3 minutes on two CPU cores; results: README.md.
 Compare: diff sft.py reward.py. Next: diff reward.py ppo.py.
 """
 
@@ -1029,7 +1029,7 @@ class RunFolder:
         logs = {self.path / "metrics.jsonl": b"", self.path / "samples.jsonl": b""}
         for log in logs if step else ():
             with file_access(log):
-                lines = log.read_bytes().splitlines(True)
+                lines = log.read_bytes().splitlines(True) if log.exists() else []
                 kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
                 logs[log] = b"".join(kept)
         # All that this run goes on from has been read: from here on it writes.
