@@ -1067,13 +1067,10 @@ def load_tokenizer(folder):
         if (folder / "tokenizer.json").exists():
             saved = read_json(folder / "tokenizer.json")
             model, split = saved["model"], saved["pre_tokenizer"] or {"type": None}
-            after = saved.get("post_processor") or split
-            usual = (model["type"], split["type"], after["type"]) == (
-                "BPE",
-                "ByteLevel",
-                "ByteLevel",
-            )
+            after = saved.get("post_processor") or {}
+            usual = (model["type"], split["type"]) == ("BPE", "ByteLevel")
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
+            unusual += [after.get("special_tokens"), after.get("cls")]  # put around each text
             unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
             unusual += [not split.get("use_regex", True), not isinstance(model.get("merges"), list)]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"

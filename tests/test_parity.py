@@ -48,6 +48,7 @@ def left_padded(tokens, mask):
 def torch_model(kind, **changes):
     """A random model of transformers, with biases and norms that are not 0 and 1."""
     torch.manual_seed(0)
+    changes = {"eos_token_id": EOS_ID} | changes  # 50256, the default, is beyond this vocabulary
     model = kind(transformers.GPT2Config(vocab_size=SIZE, **SHAPE, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
