@@ -625,7 +625,7 @@ def load_tokenizer(folder):
             after = saved.get("post_processor") or {}
             usual = (model["type"], split["type"]) == ("BPE", "ByteLevel")
             unusual = [saved.get("normalizer"), split.get("add_prefix_space")]
-            unusual += [after.get("special_tokens"), after.get("cls")]  # put around each text
+            unusual += ["SpecialToken" in str(after), after.get("cls")]  # put around each text
             unusual += [model.get("end_of_word_suffix"), model.get("continuing_subword_prefix")]
             unusual += [not split.get("use_regex", True), not isinstance(model.get("merges"), list)]
             plain = "only byte-level BPE; no normalizer, suffix, prefix space or begin token"
