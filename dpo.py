@@ -15,7 +15,7 @@ embedded data; the optimum is then no longer pi*. Plain DPO is --nll-coef 0.
         --max-prompt-length 128 --max-completion-length 384 --nll-coef 0
 
 Data is JSON Lines: {"prompt", "chosen", "rejected"}. With the defaults it
-takes some 2 minutes on two CPU cores; results: README.md.
+takes some minutes on two CPU cores; results: README.md.
 Compare: diff dpo.py iterative_dpo.py.
 """
 

@@ -12,7 +12,7 @@ Data is JSON Lines: {"prompt", "chosen", "rejected"}, and a number "margin"
 where one is known. At the end the score is shifted and scaled on samples of
 the model it started from: mean 0, standard deviation 1 within a prompt, so
 that a KL coefficient means the same whatever the data's scale. With the
-defaults it takes some 3 minutes on two CPU cores; results: README.md.
+defaults it takes some minutes on two CPU cores; results: README.md.
 Compare: diff sft.py reward.py. Next: diff reward.py ppo.py.
 """
 
