@@ -26,7 +26,7 @@ import tyro
 class Args:
     model: str = ""  # folder or hub name to start from; empty: from scratch, of the sizes below
     tokenizer: str = "data/reviews/tokenizer"  # its folder, where the model starts from scratch
-    dataset: str = "data/reviews/sft_train.jsonl"  # JSON Lines (or .gz): prompt and completion
+    dataset: str = "data/reviews/sft_train_more.jsonl.gz"  # JSON Lines: prompt and completion
     # held out; default: the embedded test file, or the end of --dataset
     eval_dataset: str | None = None
     run_dir: str = "runs/sft"  # where metrics, samples, checkpoint and model go
@@ -37,7 +37,7 @@ class Args:
     n_head: int = 4  # attention heads, from scratch
     n_embd: int = 128  # width, from scratch
     n_positions: int = 128  # longest sequence in tokens, from scratch
-    epochs: int = 4  # passes over the data
+    epochs: int = 2  # passes over the data
     batch_size: int = 32  # sequences in one optimizer step
     micro_batch_size: int = 16  # sequences in one forward and backward pass
     learning_rate: float = 3e-3  # peak; it falls linearly to 0

@@ -15,8 +15,10 @@ What is known about it, so that results can be held against theory:
 
 Run `python data/reviews.py` to write data/reviews/ (a few seconds, the same bytes every time):
 
-    sft_{train,test}.jsonl          prompt, completion
-    preferences_{train,test}.jsonl  prompt, chosen, rejected; the test file also has chosen_gold,
+    sft_train_more.jsonl.gz         prompt, completion: what sft.py reads
+    sft_{train,test}.jsonl          its first rows, to look at; held-out ones
+    preferences_train_more.jsonl.gz prompt, chosen, rejected: what reward.py and dpo.py read
+    preferences_{train,test}.jsonl  its first rows; held-out ones, which also have chosen_gold,
                                     rejected_gold and the probability that this label came out
     prompts_{train,test}.jsonl      prompt
     tokenizer/                      byte-level BPE, trained with the tokenizers package
@@ -36,6 +38,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "reviews"
+PLAIN_ROWS = 5_000  # at most so many in a file that is not zipped: enough to look at
 VOCAB_SIZE = 1264  # enough that nearly every word is one token
 TAU = 0.08  # temperature of the preference labels, in units of the gold reward
 MOODS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
@@ -492,6 +495,13 @@ def make_preference(rng, prompt):
     }
 
 
+def make_completion(rng, prompt):
+    return {"prompt": prompt, "completion": sample(rng, prompt)}
+
+
+MAKERS = {"sft": make_completion, "preferences": make_preference}
+
+
 def make_rows():
     """All files' rows: name -> list of dicts. Each file has a random stream of its own."""
     files, taken = {}, set()
@@ -501,18 +511,17 @@ def make_rows():
             rng = random.Random(f"reviews {kind} {split}")
             prompts = make_prompts(rng, rows, taken)
             drawn.update(prompts)
-            if kind == "sft":
-                found = [{"prompt": p, "completion": sample(rng, p)} for p in prompts]
-            elif kind == "preferences":
-                found = [make_preference(rng, p) for p in prompts]
-            else:
+            if kind == "prompts":
                 found = [{"prompt": p} for p in prompts]
+            else:
+                found = [MAKERS[kind](rng, p) for p in prompts]
             files[f"{kind}_{split}"] = found
         taken = drawn  # no test prompt is in a train file
-    # More pairs, from a stream of their own, so that all that stands above stays as it was.
-    rng = random.Random("reviews preferences more")
-    more = [make_preference(rng, prompt) for prompt in make_prompts(rng, 17_000, taken)]
-    files["preferences_train_more"] = files["preferences_train"] + more
+    # More rows, from streams of their own, so that all that stands above stays as it was.
+    for kind, rows in (("sft", 20_000), ("preferences", 17_000)):
+        rng = random.Random(f"reviews {kind} more")
+        more = [MAKERS[kind](rng, prompt) for prompt in make_prompts(rng, rows, taken)]
+        files[f"{kind}_train_more"] = files[f"{kind}_train"] + more
     for row in files["preferences_train_more"]:
         del row["chosen_gold"], row["rejected_gold"], row["probability"]  # known in the test only
     return files
@@ -593,11 +602,12 @@ def main():
     tokenizer = train_tokenizer(texts, FOLDER / "tokenizer")
     facts = make_facts(files, lambda text: len(tokenizer.encode(text).ids))
     for name, rows in files.items():
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if name == "preferences_train_more":
-            (FOLDER / f"{name}.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
+        lines = [json.dumps(row) + "\n" for row in rows]
+        if name.endswith("_more"):
+            content = gzip.compress("".join(lines).encode(), mtime=0)
+            (FOLDER / f"{name}.jsonl.gz").write_bytes(content)
         else:
-            (FOLDER / f"{name}.jsonl").write_bytes(content)
+            (FOLDER / f"{name}.jsonl").write_text("".join(lines[:PLAIN_ROWS]))
     (FOLDER / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2))
 

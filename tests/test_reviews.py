@@ -21,7 +21,7 @@ from reviews import log_prob, sample, score, sentiment
 NAMES = [
     f"{kind}_{split}" for kind in ("sft", "preferences", "prompts") for split in ("train", "test")
 ]
-NAMES.append("preferences_train_more")
+NAMES += ["sft_train_more", "preferences_train_more"]
 PROMPT = "The Quiet Harbor (western). To my delight,"
 
 
@@ -53,11 +53,12 @@ def count_tokens():
 
 
 def test_sizes_and_fields(files):
-    rows = {"sft": (10_000, 1_000), "preferences": (10_000, 1_000), "prompts": (2_000, 500)}
+    rows = {"sft": (5_000, 1_000), "preferences": (5_000, 1_000), "prompts": (2_000, 500)}
     for kind, sizes in rows.items():
         assert (len(files[f"{kind}_train"]), len(files[f"{kind}_test"])) == sizes
-    few, more = files["preferences_train"], files["preferences_train_more"]
-    assert len(more) == 27_000 and more[: len(few)] == few
+    for kind, size in (("sft", 30_000), ("preferences", 27_000)):
+        few, more = files[f"{kind}_train"], files[f"{kind}_train_more"]
+        assert len(more) == size and more[: len(few)] == few
     assert files["sft_train"][0].keys() == {"prompt", "completion"}
     assert files["prompts_test"][0].keys() == {"prompt"}
     assert files["preferences_train"][0].keys() == {"prompt", "chosen", "rejected"}
@@ -74,7 +75,7 @@ def test_no_test_prompt_is_in_a_train_file(files):
 
 
 def test_completions_start_with_a_space_and_end_a_sentence(files):
-    for row in files["sft_train"]:
+    for row in files["sft_train_more"]:
         assert row["completion"].startswith(" ") and row["completion"].endswith(".")
         assert 1 <= row["completion"].count(".") <= 3
 
@@ -85,7 +86,8 @@ def test_two_draws_for_one_prompt_differ(files):
 
 
 def test_words_are_neither_too_many_nor_too_rare(files):
-    counts = Counter(w for row in files["sft_train"] for w in reviews.to_words(row["completion"]))
+    rows = files["sft_train_more"]
+    counts = Counter(w for row in rows for w in reviews.to_words(row["completion"]))
     assert 250 <= len(counts) <= 600
     assert min(counts.values()) >= 30
 
