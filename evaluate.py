@@ -17,6 +17,7 @@ the best texts, the frontier is too low and a share too high: such shares are ma
 Figures after ± are standard errors: prompts and samples are random, the models are not.
 """
 
+import os
 from dataclasses import dataclass
 
 import tyro
@@ -54,6 +55,9 @@ class Args:
 # Parsed before JAX is imported, so that --help answers at once (linters call it E402).
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    # What JAX compiles is kept for the next run; JAX_ENABLE_COMPILATION_CACHE=0 turns that off.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import functools
 import importlib.util

@@ -140,7 +140,7 @@ def smooth(losses):
 
 def show_gradients(params, config, batch):
     print("\n1. zeros: residual stream, parameters; error of the parameters' gradient")
-    for factor in (1, 256, 1024):
+    for factor in (1, 1024, 4096):
         large = enlarge_residual(params, factor)
         for dtype, loss_scale in (("float16", 1.0), ("float16", 65536.0), ("bfloat16", 1.0)):
             numbers = "  ".join(
@@ -151,7 +151,7 @@ def show_gradients(params, config, batch):
 
 def show_training(params, config, batches):
     print(f"\n2. loss, mean of {WINDOW} steps, and its largest distance from float32's")
-    for factor in (1, 256, 1024):
+    for factor in (1, 1024, 4096):
         large = enlarge_residual(params, factor)
         reference = None
         for name, run in RUNS.items():

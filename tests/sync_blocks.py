@@ -33,6 +33,8 @@ DIFFERENT = {
 }
 DIFFERENT_IN = {
     ("gpt2", "generate"): "has top-k, top-p and temperature 0, which training must not use",
+    ("mixed_precision", "GPT2.__call__"): "the head is a product in half precision, too",
+    ("mixed_precision", "dense"): "a product in half precision, with half_dot's gradients",
     ("sharded", "rollout"): "puts prompts on the mesh, and gathers the samples",
     ("sharded", "score"): "each process scores its share",
     ("sharded", "RunFolder.__doc__"): "says who writes what",

@@ -191,7 +191,7 @@ def test_in_half_the_scale_changes_nothing_where_nothing_underflows():
         found = gradient(dtype, 2.0**low)
         assert_equal(found, gradient(dtype, 2.0**high))
         assert bound / 10 < error(found, exact) < bound  # it is half precision, and no worse
-    assert 2e-4 < error(gradient("float16", 1.0), gradient("float16", 2.0**12)) < 2e-3
+    assert 5e-5 < error(gradient("float16", 1.0), gradient("float16", 2.0**12)) < 2e-3
 
 
 def test_micro_batches_in_half_equal_the_whole_batch():
@@ -215,13 +215,13 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-def forward_jaxpr(dtype):
+def forward_jaxpr(dtype, backward=False):
     def loss(params):
         logits = mixed_precision.GPT2(in_dtype(dtype)).apply({"params": params}, tokens, mask)
         return mixed_precision.cross_entropy_loss(logits[:, :-1], tokens[:, 1:], mask[:, 1:])[0]
 
     tokens, mask = batch()["tokens"], batch()["mask"]
-    return jax.make_jaxpr(loss)(parameters()).jaxpr
+    return jax.make_jaxpr(jax.grad(loss) if backward else loss)(parameters()).jaxpr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -230,18 +230,45 @@ def test_products_are_in_half_and_norms_softmax_and_loss_in_float32(dtype):
     for equation in equations(forward_jaxpr(dtype)):
         ins = {str(x.aval.dtype) for x in equation.invars}
         found.setdefault(equation.primitive.name, []).append((ins, equation.outvars[0].aval))
-    # q k v, scores, weighted values, c_proj, c_fc, c_proj; then the head.
+    # q k v, scores, weighted values, c_proj, c_fc, c_proj; then the head. They add up in float32.
     products = found["dot_general"]
     assert len(products) == 7 and all(ins == {dtype} for ins, _ in products)
-    float32 = [out.shape for _, out in products if out.dtype == jnp.float32]
-    (rows, length), heads = batch()["tokens"].shape, CONFIG.n_head
-    scores, logits = (rows, heads, length, length), (rows, length, CONFIG.vocab_size)
-    assert float32 == [scores, logits]
+    assert all(out.dtype == jnp.float32 for _, out in products)
     assert len(found["rsqrt"]) == 3 and len(found["exp"]) == 2  # norms; softmax and logsumexp
-    for name in ("rsqrt", "exp", "log", "reduce_sum", "reduce_max", "div"):
+    for name in ("rsqrt", "exp", "log", "reduce_sum", "reduce_max", "div", "tanh"):
         for ins, out in found[name]:
             assert dtype not in ins and out.dtype != dtype, name
-    assert all(ins == {dtype} for ins, _ in found["tanh"])  # gelu's
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_of_the_backward_pass_are_in_half_too(dtype):
+    """Two for each of the forward pass; all but attention's own (JAX's rule) take half only."""
+    found = equations(forward_jaxpr(dtype, backward=True))
+    products = [x for x in found if x.primitive.name == "dot_general"]
+    assert len(products) == 3 * 7
+    assert all(x.outvars[0].aval.dtype == jnp.float32 for x in products)
+    half = [{str(y.aval.dtype) for y in x.invars} == {dtype} for x in products]
+    assert half.count(False) == 4
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_half_dot_and_its_gradients_are_those_of_the_rounded_operands(axis):
+    """In float16 numbers of few bits are exact: product and gradients equal float64's."""
+    rng = np.random.default_rng(axis)
+    shape = (6, 2, 3) if axis == 0 else (4, 6)  # a kernel of [D, 2, 3], a table of [V, D]
+    x, w = (rng.integers(-8, 9, s) / 8 for s in ((5, 6), shape))
+    y, pull = jax.vjp(
+        lambda x, w: mixed_precision.half_dot("float16", x, w, axis), jnp.float32(x), jnp.float32(w)
+    )
+    g = rng.integers(-8, 9, y.shape) / 8
+    rest = tuple(i for i in range(w.ndim) if i != axis)
+    np.testing.assert_array_equal(y, np.tensordot(x, w, (1, axis)))
+    x_gradient, w_gradient = pull(jnp.float32(g))
+    np.testing.assert_array_equal(x_gradient, np.tensordot(g, w, (range(1, g.ndim), rest)))
+    wanted = np.tensordot(x, g, (0, 0)) if axis == 0 else np.tensordot(g, x, (0, 0))
+    np.testing.assert_array_equal(w_gradient, wanted)
+    rounded = mixed_precision.half_dot("float16", jnp.float32([[1 + 2**-12]]), jnp.ones((1, 1)), 0)
+    assert rounded == 1  # operands are rounded
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -380,11 +407,11 @@ def test_gradients_underflow_in_float16_without_a_scale(reviews):
     config, params, batches = reviews
     exact = [
         benchmark.gradients(benchmark.enlarge_residual(params, factor), config, batches[0], 1.0)
-        for factor in (1, 2048)
+        for factor in (1, 4096)
     ]
     assert float(exact[0][1]) == pytest.approx(float(exact[1][1]), abs=1e-4)  # one function
-    assert error(exact[1][0][1], jax.tree.map(lambda x: x / 2048, exact[0][0][1])) < 0.02
-    for factor, zeros, wrong in ((1, (0, 0.005), (0, 0.01)), (2048, (0.1, 1), (0.2, 1))):
+    assert error(exact[1][0][1], jax.tree.map(lambda x: x / 4096, exact[0][0][1])) < 0.02
+    for factor, zeros, wrong in ((1, (0, 0.005), (0, 0.01)), (4096, (0.1, 1), (0.2, 1))):
         large = benchmark.enlarge_residual(params, factor)
         unscaled = benchmark.underflow(large, config, batches[0], "float16", 1.0)
         scaled = benchmark.underflow(large, config, batches[0], "float16", 65536.0)
