@@ -198,8 +198,7 @@ def trunk(config, tokens, mask, cache=None, column=0):
     positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)  # [B, T]
     queries = column + jnp.arange(tokens.shape[1])
     causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
-    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
-    bias = jnp.where(visible, 0.0, -1e9)[:, None]  # [B, 1, T, S], added to attention scores
+    bias = jnp.where(causal & (mask[:, None] > 0), 0.0, -1e9)[:, None]  # [B, 1, T, S], to scores
     init = nn.initializers.normal(config.initializer_range)
     embed = functools.partial(nn.Embed, embedding_init=init)
     wte = embed(config.vocab_size, config.n_embd, name="wte")
@@ -464,15 +463,11 @@ def load_tokenizer(folder):
         # The files write each byte as a printable character: itself, or one of those from 256 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printable]
-        characters = {chr(b): b for b in printable} | {
-            chr(256 + i): b for i, b in enumerate(others)
-        }
+        characters = dict(zip(map(chr, [*printable, *range(256, 512)]), [*printable, *others]))
         plain = dict.fromkeys([*characters, *map("".join, pairs)])
         # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
         lacking = [token for token in plain if token not in vocabulary]
-        check(
-            not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}"
-        )
+        check(not lacking, f"the vocabulary of {folder} lacks bytes or parts: {lacking[:5]}")
         ids = [vocabulary[token] for token in plain]
         check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
         for left, right in pairs:  # it joins any two parts that make a token, the lowest id first

@@ -600,8 +600,7 @@ def trunk(config, tokens, mask, cache=None, column=0):
     positions = jax.lax.dynamic_slice_in_dim(positions, column, tokens.shape[1], axis=1)  # [B, T]
     queries = column + jnp.arange(tokens.shape[1])
     causal = queries[:, None] >= jnp.arange(mask.shape[1])  # [T, S]
-    visible = causal & (mask[:, None, :] > 0)  # [B, T, S]
-    bias = jnp.where(visible, 0.0, -1e9)[:, None]  # [B, 1, T, S], added to attention scores
+    bias = jnp.where(causal & (mask[:, None] > 0), 0.0, -1e9)[:, None]  # [B, 1, T, S], to scores
     init = nn.initializers.normal(config.initializer_range)
     embed = functools.partial(nn.Embed, embedding_init=init)
     wte = embed(config.vocab_size, config.n_embd, name="wte")
@@ -870,10 +869,11 @@ def save_model(folder, config, params, source, **more):
     """Writes a Hugging Face folder; tokenizer and the rest of config.json as in `source`."""
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for pattern in KEPT_FILES:
-        for file in find_model(source).glob(pattern):
-            shutil.copyfile(file, building / file.name)
+    with file_access(building):
+        building.mkdir(parents=True)
+        for pattern in KEPT_FILES:
+            for file in find_model(source).glob(pattern):
+                shutil.copyfile(file, building / file.name)
     file = building / "config.json"
     saved = read_json(file) if file.exists() else {}
     saved = {"bos_token_id": config.eos_token_id} | saved | dataclasses.asdict(config) | more
@@ -922,15 +922,11 @@ def load_tokenizer(folder):
         # The files write each byte as a printable character: itself, or one of those from 256 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printable]
-        characters = {chr(b): b for b in printable} | {
-            chr(256 + i): b for i, b in enumerate(others)
-        }
+        characters = dict(zip(map(chr, [*printable, *range(256, 512)]), [*printable, *others]))
         plain = dict.fromkeys([*characters, *map("".join, pairs)])
         # tiktoken needs all 256 bytes, and takes the ids for the merges' ranks.
         lacking = [token for token in plain if token not in vocabulary]
-        check(
-            not lacking, f"the vocabulary of {folder} lacks bytes or merged tokens: {lacking[:5]}"
-        )
+        check(not lacking, f"the vocabulary of {folder} lacks bytes or parts: {lacking[:5]}")
         ids = [vocabulary[token] for token in plain]
         check(ids[256:] == sorted(ids[256:]), f"the token ids of {folder} are not in merge order")
         for left, right in pairs:  # it joins any two parts that make a token, the lowest id first
@@ -1038,8 +1034,7 @@ def read_data(args, fields, instead=None):
 
 
 def encode_text(tokenizer, text, size=50_000):
-    """A text's ids, special tokens read as plain text; in pieces: a long run of blanks is too much
-    for tiktoken."""
+    """A text's ids, none of them special; in pieces: tiktoken fails on a long run of blanks."""
     pieces = (text[i : i + size] for i in range(0, len(text), size))
     return [i for piece in pieces for i in tokenizer.encode_ordinary(piece)]
 
@@ -1217,9 +1212,10 @@ def checksum(value):
         found = [checksum(x) for x in value]
         return found if all(found) else None
     path, _, function = str(value).partition(":")
-    names = (path, f"{path}/model.safetensors", f"{path}/tokenizer.json")
-    file = next((Path(name) for name in names if Path(name).is_file()), None)
-    return file and f"{zlib.crc32(file.read_bytes())} {function}"
+    weights = sorted(Path(path).glob("*.safetensors")) if path else []
+    files = weights or [x for x in (Path(path), Path(path) / "tokenizer.json") if x.is_file()]
+    crc = functools.reduce(lambda crc, file: zlib.crc32(file.read_bytes(), crc), files, 0)
+    return f"{crc} {function}" if files else None
 
 
 # What may be changed when a run is resumed; beside these, its length may grow.
@@ -1380,10 +1376,10 @@ class RunFolder:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.bar is None or os.getpid() != self.process:  # before the run, or in a child
-            raise SystemExit(128 + number)
+            os._exit(128 + number)
         self.asked = number
         self.bar.console.show_cursor()
-        print("stopping as soon as this step is done and saved; once more: at once", flush=True)
+        os.write(1, b"stopping as soon as this step is done and saved; once more: at once\n")
 
     def end_if_stopped(self, step):
         if self.stopped:
