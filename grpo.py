@@ -1023,7 +1023,7 @@ def read_jsonl(path, fields, instead=None):
     A row gets every column of the file: None where it lacks one.
     """
     form = ", ".join(f'"{name}": "…"' for name in fields)
-    wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; no chats, no tables"
+    wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; see data/convert.py"
     check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
     with file_access(path, wanted):
         content = Path(path).read_bytes()

@@ -167,10 +167,12 @@ def half_dot(dtype, x, w, axis):
 
 
 def half_dot_forward(dtype, x, w, axis):
+    """half_dot, and what its gradients need: the rounded operands, half as large."""
     return half_dot(dtype, x, w, axis), (x.astype(dtype), w.astype(dtype))
 
 
 def half_dot_backward(dtype, axis, saved, gradient):
+    """The gradients with respect to x and w, float32 sums of products in dtype."""
     x, w = saved
     gradient, features = gradient.astype(dtype), tuple(i for i in range(w.ndim) if i != axis)
     rows, columns = (gradient, x) if axis == 0 else (x, gradient)
@@ -799,7 +801,7 @@ def read_jsonl(path, fields, instead=None):
     A row gets every column of the file: None where it lacks one.
     """
     form = ", ".join(f'"{name}": "…"' for name in fields)
-    wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; no chats, no tables"
+    wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; see data/convert.py"
     check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
     with file_access(path, wanted):
         content = Path(path).read_bytes()

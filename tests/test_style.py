@@ -33,7 +33,7 @@ BANNER = f"""\
 """
 ABOVE = ["losses", "update", "rollout", "main"]
 BELOW = ["model", "sampling", "optimizer", "model folder", "tokenizer and data", "run folder"]
-EXTRA = {"sharded": "mesh", "mixed_precision": "loss scaling"}  # between losses and main
+EXTRA = {"sharded": ["mesh"], "mixed_precision": ["half precision", "loss scaling"]}  # before main
 # Flags of every training script, in this order.
 COMMON = ["model", "dataset", "eval_dataset", "run_dir", "resume", "overwrite", "seed"]
 COMMON += ["batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "weight_decay"]
@@ -203,9 +203,9 @@ def test_sections_and_the_line_come_in_order(name):
     above, below = ([x for x in y.splitlines() if x[:5] == "# ---"] for y in text.split(BANNER))
     assert {len(line) for line in above + below} == {99}  # as in evaluate.py and the tests
     above, below = ([line.lstrip("# -") for line in lines] for lines in (above, below))
-    if name in EXTRA:
-        assert 0 < above.index(EXTRA[name]) < above.index("main")
-        above.remove(EXTRA[name])
+    for section in EXTRA.get(name, []):
+        assert 0 < above.index(section) < above.index("main")
+        above.remove(section)
     assert above == [section for section in ABOVE if section in above]
     assert below == [section for section in BELOW if section in below]
     assert above == ["main"] if name == "gpt2" else {"losses", "update", "main"} <= set(above)
