@@ -359,7 +359,7 @@ def find_model(name):
     """The local folder of a model: `name` itself, else the hub's model of that name."""
     folder = Path(name)
     if folder.is_dir():
-        return folder
+        return folder / "model" if (folder / "args.json").exists() else folder  # a run's own model
     first = f"run `python {folder.parent.name}.py` first, or pass another folder"
     check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:

@@ -363,9 +363,7 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
     NaN where a function does not apply. "reward" is the weighted sum of those that do, and NaN,
     which make_experience leaves out of all that it learns from, where none does.
     """
-    parts = [
-        (name, call_reward(function, rows, texts), w) for name, function, w in rewards.functions
-    ]
+    parts = [(name, call_reward(f, rows, texts), weight) for name, f, weight in rewards.functions]
     if rewards.learned:
         config, params = rewards.learned
         learned = learned_rewards(params, config, sampled.tokens, sampled.mask)
@@ -373,6 +371,8 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
     total = sum(weight * np.nan_to_num(x) for _, x, weight in parts)
     total = total - missing_eos_penalty * ~np.asarray(sampled.ended)
     applies = np.any([~np.isnan(x) for _, x, weight in parts if weight], axis=0)
+    if not applies.any():
+        print("note: no reward applies to any completion of this step: nothing is learned from it")
     scores = {"reward": np.where(applies, total, np.nan)}
     if rewards.gold:
         scores["gold/reward"] = call_reward(rewards.gold, rows, texts)
@@ -515,7 +515,7 @@ def main(args):
         if ends and run.must_save(step, args.save_every * steps_per_round):
             run.save(step, state)
     save_model(run.path / "model", config, state.params, args.model)
-    run.finish(f"evaluate.py --ref {args.model} --models")
+    run.finish(f"evaluate.py --ref {args.model} --reward-model={args.reward_model or ''} --models")
 
 
 # ==================================================================================================
@@ -789,7 +789,7 @@ def find_model(name):
     """The local folder of a model: `name` itself, else the hub's model of that name."""
     folder = Path(name)
     if folder.is_dir():
-        return folder
+        return folder / "model" if (folder / "args.json").exists() else folder  # a run's own model
     first = f"run `python {folder.parent.name}.py` first, or pass another folder"
     check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
@@ -992,7 +992,8 @@ def read_jsonl(path, fields, instead=None):
     """
     form = ", ".join(f'"{name}": "…"' for name in fields)
     wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; see data/convert.py"
-    check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
+    made = "; `python data/reviews.py` makes it" if Path(path).resolve().parent == EMBEDDED else ""
+    check(Path(path).is_file(), f"{path} is no file{made}")
     with file_access(path, wanted):
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if str(path).endswith(".gz") else content
@@ -1126,14 +1127,14 @@ def call_reward(function, rows, completions):
     columns |= {"prompts": columns.pop("prompt"), "completions": list(completions)}
     name = getattr(function, "__name__", repr(function))
     try:
-        found = function(**columns)
-        found = None if isinstance(found, dict) else list(found)
-        scores = np.array([np.nan if x is None else x for x in found or []])
+        returned = function(**columns)
+        found = list(returned) if np.iterable(returned) and not isinstance(returned, dict) else []
+        scores = np.array([np.nan if x is None else x for x in found])
     except (Exception, SystemExit) as error:  # the user's own: where it happened is what counts
         traceback.print_exc()
         fail(f"the reward function {name} raised {type(error).__name__}: {error}")
     right = scores.shape == (len(rows),) and scores.dtype.kind in "fiub"
-    shown = str(found)[:200]
+    shown = str(returned)[:200]
     check(right, f"the reward function {name} must return {len(rows)} numbers, not {shown}")
     wrong = [x for x in found if x is not None and not math.isfinite(x)]
     check(not wrong, f"the reward function {name} returned {wrong[:1]}: no finite number, no None")
@@ -1277,8 +1278,6 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")  # noqa: SIM115
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        new = self.resume or self.overwrite or not (self.path / "args.json").exists()
-        check(new, f"another run has begun in {self.path} since this one was started")
         for path in self.path.iterdir() if self.overwrite else ():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1396,7 +1395,8 @@ class RunFolder:
             print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
-        print(f"next: python {command} {self.path / 'model'}")
+        more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else " …, on your data"
+        print(f"next: python {command} {self.path / 'model'}{more}")
 
 
 if __name__ == "__main__":

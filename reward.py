@@ -318,7 +318,7 @@ def main(args):
         params, config = add_pad_token(params, config, args.model, source)
     gains = {"reward_gain": gain, "reward_shift": shift}  # a record: they are in the weights
     save_model(run.path / "model", config, params, source, **gains)
-    run.finish("ppo.py --reward-model")
+    run.finish(f"ppo.py --model {args.model} --reward-model")
 
 
 # ==================================================================================================
@@ -592,7 +592,7 @@ def find_model(name):
     """The local folder of a model: `name` itself, else the hub's model of that name."""
     folder = Path(name)
     if folder.is_dir():
-        return folder
+        return folder / "model" if (folder / "args.json").exists() else folder  # a run's own model
     first = f"run `python {folder.parent.name}.py` first, or pass another folder"
     check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
@@ -781,7 +781,8 @@ def read_jsonl(path, fields, instead=None):
     """
     form = ", ".join(f'"{name}": "…"' for name in fields)
     wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; see data/convert.py"
-    check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
+    made = "; `python data/reviews.py` makes it" if Path(path).resolve().parent == EMBEDDED else ""
+    check(Path(path).is_file(), f"{path} is no file{made}")
     with file_access(path, wanted):
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if str(path).endswith(".gz") else content
@@ -1017,8 +1018,6 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")  # noqa: SIM115
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        new = self.resume or self.overwrite or not (self.path / "args.json").exists()
-        check(new, f"another run has begun in {self.path} since this one was started")
         for path in self.path.iterdir() if self.overwrite else ():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1136,7 +1135,8 @@ class RunFolder:
             print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
-        print(f"next: python {command} {self.path / 'model'}")
+        more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else " …, on your data"
+        print(f"next: python {command} {self.path / 'model'}{more}")
 
 
 if __name__ == "__main__":

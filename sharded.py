@@ -683,7 +683,7 @@ def main(args):
     if jax.process_index() == 0:
         save_model(run.path / "model", config, params, args.model)
     sync_global_devices("the model is written")
-    run.finish(f"evaluate.py --ref {args.model} --models")
+    run.finish(f"evaluate.py --ref {args.model} --reward-model={args.reward_model or ''} --models")
 
 
 # ==================================================================================================
@@ -957,7 +957,7 @@ def find_model(name):
     """The local folder of a model: `name` itself, else the hub's model of that name."""
     folder = Path(name)
     if folder.is_dir():
-        return folder
+        return folder / "model" if (folder / "args.json").exists() else folder  # a run's own model
     first = f"run `python {folder.parent.name}.py` first, or pass another folder"
     check(folder.parts[0] != "runs", f"no model at {name}: {first}")
     try:
@@ -1160,7 +1160,8 @@ def read_jsonl(path, fields, instead=None):
     """
     form = ", ".join(f'"{name}": "…"' for name in fields)
     wanted = f"; wanted: JSON Lines in UTF-8 (or .gz of it), each {{{form}}}; see data/convert.py"
-    check(Path(path).is_file(), f"no file {path}; `python data/reviews.py` makes the embedded ones")
+    made = "; `python data/reviews.py` makes it" if Path(path).resolve().parent == EMBEDDED else ""
+    check(Path(path).is_file(), f"{path} is no file{made}")
     with file_access(path, wanted):
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if str(path).endswith(".gz") else content
@@ -1284,14 +1285,14 @@ def call_reward(function, rows, completions):
     columns |= {"prompts": columns.pop("prompt"), "completions": list(completions)}
     name = getattr(function, "__name__", repr(function))
     try:
-        found = function(**columns)
-        found = None if isinstance(found, dict) else list(found)
-        scores = np.array([np.nan if x is None else x for x in found or []])
+        returned = function(**columns)
+        found = list(returned) if np.iterable(returned) and not isinstance(returned, dict) else []
+        scores = np.array([np.nan if x is None else x for x in found])
     except (Exception, SystemExit) as error:  # the user's own: where it happened is what counts
         traceback.print_exc()
         fail(f"the reward function {name} raised {type(error).__name__}: {error}")
     right = scores.shape == (len(rows),) and scores.dtype.kind in "fiub"
-    shown = str(found)[:200]
+    shown = str(returned)[:200]
     check(right, f"the reward function {name} must return {len(rows)} numbers, not {shown}")
     wrong = [x for x in found if x is not None and not math.isfinite(x)]
     check(not wrong, f"the reward function {name} returned {wrong[:1]}: no finite number, no None")
@@ -1566,7 +1567,8 @@ class RunFolder:
             print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
-        print(f"next: python {command} {self.path / 'model'}")
+        more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else " …, on your data"
+        print(f"next: python {command} {self.path / 'model'}{more}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ tokens: 20 times 256 reviews are sampled, 8 to a prompt, and held against those 
 """
 
 import sys
+from pathlib import Path
 
 import jax
 
@@ -20,8 +21,9 @@ jax.config.update("jax_num_cpu_devices", 64)
 
 import jax.numpy as jnp
 import numpy as np
-import spine  # noqa: F401  (puts the scripts on the path)
 from jax.sharding import Mesh, NamedSharding
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sharded
 

@@ -52,6 +52,7 @@ REWARDS = """
 import functools, sys
 import neighbour
 def short(completions, **_): return [1.0]
+def forgets(completions, **_): len(completions)
 def broken(completions, **_): return [1 / 0 for _ in completions]
 def nan(completions, **_): return [float("nan")] * len(completions)
 def one(completions, **_): return [1.0] * len(completions)
@@ -406,6 +407,22 @@ def test_the_embedded_data_are_known_however_their_path_is_spelled(monkeypatch):
 
 
 @each_script
+def test_the_folder_of_a_run_stands_for_its_model(script, tmp_path):
+    (tmp_path / "args.json").touch()
+    assert script.find_model(tmp_path) == tmp_path / "model"
+
+
+def test_what_changed_is_seen_in_any_file_of_a_model(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"tokens")
+    found = [sft.checksum(tmp_path)]
+    for name, content in (("1", b"one"), ("2", b"two"), ("2", b"Two"), ("1", b"One")):
+        (tmp_path / f"model-{name}.safetensors").write_bytes(content)
+        found.append(sft.checksum(tmp_path))
+    assert len(set(found)) == 5 and None not in found
+    assert sft.checksum("") is sft.checksum(tmp_path / "absent") is None
+
+
+@each_script
 def test_a_missing_model_names_the_script_to_run(script, refused):
     message = refused(script, model="runs/sft/model")
     assert "no model at runs/sft/model" in message and "`python sft.py`" in message
@@ -594,6 +611,7 @@ FAILING = {  # function: words of the message, and of the traceback before it
     "no_function": ("my_rewards.py has no function no_function", None),
     "short": ("short must return 12 numbers, not .1.0.", None),
     "nan": ("nan returned .nan.: no finite number", None),
+    "forgets": ("forgets must return 12 numbers, not None", None),
 }
 
 

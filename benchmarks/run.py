@@ -1,0 +1,290 @@
+"""Times our scripts' steps against other libraries': same work, same machine, by turns.
+
+    pip install -r benchmarks/requirements-peers.txt
+    pip install --no-deps --target .venv-ppo trl==1.12.0   # the last TRL with a PPO trainer
+    python benchmarks/run.py                               # 20 to 30 minutes; a table
+    python benchmarks/run.py --only sft sampling --rounds 5
+    python benchmarks/run.py --write                       # also into RESULTS.md and docs/speed.png
+
+Each contestant is a process of its own (ours.py, peers.py), so that libraries, thread pools and
+memory do not mix; all wait while one makes its step, and they take turns. A ratio is the peer's
+time by ours, of the medians. Share of the peak: model FLOPs a second over those of the library's
+own product of two matrices of 2 048 by 2 048, timed in the same run, in the same type.
+"""
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+from work import GROUP, PPO_EPOCHS, PRODUCT, SHAPES
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+MARKS = "<!-- benchmarks/run.py -->\n", "<!-- end -->\n"
+
+
+@dataclass(frozen=True)
+class Args:
+    only: tuple[str, ...] = ()  # rows whose name begins with one of these; default: all
+    rounds: int = 15  # steps of each contestant at the tiny shape; a third of it at 124M
+    wait: bool = True  # at most ten minutes, until the machine is quiet
+    write: bool = False  # the table into benchmarks/RESULTS.md, the picture to docs/speed.png
+
+
+@dataclass(eq=False)
+class Row:
+    name: str
+    shape: str
+    ours: dict  # the job of ours.py
+    peers: dict  # {name: job of peers.py}
+    tokens: int  # that are sampled or trained on in one step
+    flops: float
+    work: str  # what a step is, and where the peer's is another
+
+
+def rows():
+    tiny, big, sampled = SHAPES["tiny"], SHAPES["124M"], SHAPES["124M, sampling"]
+
+    def trained(shape, sequences, logits, passes=3):
+        return passes * shape.forward(sequences, logits)
+
+    def decoded(shape):  # the head once a new token; attention to what is there
+        return shape.forward(shape.batch, shape.new)
+
+    def train(shape, name, ours, peers, work):
+        tokens = shape.batch * shape.length
+        return Row(name, shape_name(shape), ours, peers, tokens,
+                   trained(shape, shape.batch, shape.length), work)  # fmt: skip
+
+    def shape_name(shape):
+        return next(name for name, x in SHAPES.items() if x is shape)
+
+    sft = {"name": "sft"}
+    same = "forward, backward, clipping, AdamW on all tokens"
+    pairs, response = 2 * tiny.batch, tiny.new
+    reference = tiny.forward(pairs, response)
+    rollout = decoded(tiny) + tiny.forward(tiny.batch, response)
+    group = tiny.batch // GROUP
+    return [
+        Row("sampling, tiny", "tiny", {"name": "sampling"},
+            {"transformers": {"name": "generate"}}, tiny.batch * tiny.new, decoded(tiny),
+            "temperature 1, no filter, no row ends early; ours also gives log-probabilities"),
+        train(tiny, "sft, tiny", sft,
+              {"TRL": {"name": "trl_sft"}, "torch": sft, "torch.compile": sft | {"compiled": True},
+               "torch.compile, whole batch": sft | {"compiled": True, "micro": tiny.batch},
+               "tunix 0.1.7": {"name": "tunix_sft"}},
+              f"{same}; TRL also computes the entropy; tunix has no GPT-2, so its Llama 3 with as "
+              "many weights"),
+        Row("sampling, groups, tiny", "tiny",
+            {"name": "sampling", "prompts": group, "num_samples": GROUP},
+            {"ours, 64 x 1": {"name": "sampling"}}, tiny.batch * tiny.new, decoded(tiny),
+            f"{group} prompts, {GROUP} samples each, against {tiny.batch} prompts"),
+        Row("reward, tiny", "tiny", {"name": "reward"}, {"TRL": {"name": "trl_reward"}},
+            pairs * tiny.length, trained(tiny, pairs, 0), "both answers of each pair"),
+        Row("dpo, tiny", "tiny", {"name": "dpo", "cached": False},
+            {"TRL": {"name": "trl_dpo", "cached": False}}, pairs * tiny.length,
+            trained(tiny, pairs, response) + reference, "the reference's forward pass each step"),
+        Row("dpo, cached, tiny", "tiny", {"name": "dpo", "cached": True},
+            {"TRL": {"name": "trl_dpo", "cached": True}}, pairs * tiny.length,
+            trained(tiny, pairs, response), "the reference's log-probabilities known before"),
+        Row("grpo, tiny", "tiny", {"name": "grpo"}, {"TRL": {"name": "trl_grpo"}},
+            tiny.batch * tiny.new, rollout + trained(tiny, tiny.batch, response),
+            f"{group} prompts, {GROUP} completions each: rollout, reference, k3, one step"),
+        Row("ppo, tiny", "tiny", {"name": "ppo"}, {"TRL 1.12": {"name": "trl_ppo"}},
+            tiny.batch * tiny.new,
+            rollout + 2 * tiny.forward(tiny.batch, 0)
+            + PPO_EPOCHS * (trained(tiny, tiny.batch, response) + trained(tiny, tiny.batch, 0)),
+            f"rollout, reference, learned reward, values, {PPO_EPOCHS} steps of both models"),
+        train(big, "sft, 124M", sft,
+              {"torch": sft, "torch.compile": sft | {"compiled": True}}, same),
+        Row("sampling, 124M", "124M, sampling", {"name": "sampling"},
+            {"transformers": {"name": "generate"}}, sampled.batch * sampled.new, decoded(sampled),
+            "as at the tiny shape"),
+        train(big, "bfloat16 sft, 124M", {"name": "mixed_precision"},
+              {"torch autocast": sft | {"dtype": "bfloat16"},
+               "autocast, compiled": sft | {"dtype": "bfloat16", "compiled": True}},
+              f"{same}; weights and moments in float32"),
+        train(tiny, "bfloat16 sft, tiny", {"name": "mixed_precision"}, {"sft.py": sft},
+              "mixed_precision.py against sft.py in float32"),
+    ]  # fmt: skip
+
+
+class Contestant:
+    """A process that makes one step whenever it is asked to."""
+
+    def __init__(self, file, job):
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # the first step is a cold one for all
+        environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+        if job["name"] == "trl_ppo":
+            environment["PYTHONPATH"] = str(ROOT / ".venv-ppo")
+        python = sys.executable
+        if file == "peer_tunix.py":
+            python = str(ROOT / ".venv-tunix" / "bin" / "python")
+            if not Path(python).exists():
+                raise RuntimeError("not installed; see benchmarks/requirements-peers.txt")
+        command = [python, HERE / file, json.dumps(job)]
+        descriptor, self.log = tempfile.mkstemp(prefix="run_", suffix=".log")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": descriptor}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self.seconds, self.megabytes = [], 0.0
+        self.micro = self.answer().get("micro")
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        found = json.loads(line) if line else {"error": "it ended"}
+        if "error" in found:
+            raise RuntimeError(f"{found['error']}; see {self.log}")
+        return found
+
+    def step(self):
+        print(file=self.process.stdin, flush=True)
+        found = self.answer()
+        self.seconds.append(found["seconds"])
+        self.megabytes = found["megabytes"]
+
+    def median(self):
+        return statistics.median(self.seconds[2:])  # the first two compile and warm up
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def file_of(name):
+    """The program of a contestant."""
+    if name in ("ours", "sft.py", "ours, 64 x 1"):
+        return "ours.py"
+    return "peer_tunix.py" if name.startswith("tunix") else "peers.py"
+
+
+def contest(row, rounds):
+    """{name: Contestant} after `rounds` timed steps each, or an error's text in its place."""
+    found = {"ours": Contestant("ours.py", row.ours | {"shape": row.shape})}
+    micro = {"micro": found["ours"].micro} if found["ours"].micro else {}
+    for name, job in row.peers.items():
+        file = file_of(name)
+        more = {} if file == "ours.py" else micro
+        try:
+            found[name] = Contestant(file, more | job | {"shape": row.shape})
+        except RuntimeError as error:
+            found[name] = str(error)
+    for i in range(rounds + 2):
+        for name, contestant in list(found.items())[:: 1 if i % 2 else -1]:
+            try:
+                if not isinstance(contestant, str):
+                    contestant.step()
+            except RuntimeError as error:
+                found[name] = str(error)
+    for contestant in found.values():
+        if not isinstance(contestant, str):
+            contestant.close()
+    return found
+
+
+def measure_peaks(rounds):
+    """{(file, dtype): FLOPs a second} of a matrix product."""
+    jobs = [(file, dtype) for file in ("ours.py", "peers.py") for dtype in ("float32", "bfloat16")]
+    found = {}
+    for file, dtype in jobs:
+        contestant = Contestant(file, {"name": "product", "shape": "tiny", "dtype": dtype})
+        for _ in range(rounds + 2):
+            contestant.step()
+        found[file, dtype] = 2 * PRODUCT**3 / contestant.median()
+        contestant.close()
+    return found
+
+
+def wait_until_quiet(minutes=10):
+    until = time.monotonic() + 60 * minutes
+    while os.getloadavg()[0] > 0.5 and time.monotonic() < until:
+        time.sleep(5)
+
+
+def line(row, name, contestant, ours, peaks):
+    """One line of the table."""
+    if isinstance(contestant, str):
+        return f"| {row.name} | {name} | {contestant} | | | | | |"
+    dtype = "bfloat16" if row.name.startswith("bfloat16") and name != "sft.py" else "float32"
+    peak = peaks["peers.py" if file_of(name) == "peers.py" else "ours.py", dtype]
+    seconds, timed = contestant.median(), contestant.seconds[2:]
+    ratio = "" if name == "ours" else f"**{seconds / ours.median():.2f}**"
+    shown = f"{1e3 * seconds:.0f} ({1e3 * min(timed):.0f}-{1e3 * max(timed):.0f})"
+    share = f"{100 * row.flops / seconds / peak:.0f} %"
+    first = f"{contestant.seconds[0]:.1f}"
+    memory = f"{contestant.megabytes:.0f}"
+    speed = f"{row.tokens / seconds:.0f}"
+    cells = [row.name, name, shown, ratio, speed, share, first, memory]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(results, peaks):
+    """The Markdown of all results: {row: {name: Contestant or text}}."""
+    head = ["work", "who", "ms a step, median (min-max)", "peer / ours", "tokens/s"]
+    head += ["share of peak", "first step, s", "memory, MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row, found in results.items():
+        lines += [line(row, name, x, found["ours"], peaks) for name, x in found.items()]
+    speeds = {f"{file[:-3]} {kind}": f"{x / 1e9:.0f}" for (file, kind), x in peaks.items()}
+    peak = ", ".join(f"{name} {x}" for name, x in speeds.items())
+    work = "\n".join(f"- {row.name}: {row.work}." for row in results)
+    return "\n".join([*lines, "", f"Matrix product, GFLOP/s: {peak}.", "", "A step:", work]) + "\n"
+
+
+def draw(results, path):
+    """A bar for each peer: its time over ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        (f"{row.name}\nagainst {name}", x.median() / found["ours"].median())
+        for row, found in results.items()
+        for name, x in found.items()
+        if name != "ours" and not isinstance(x, str)
+    ]
+    labels, ratios = zip(*reversed(bars))
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(bars) + 1), layout="constrained")
+    drawn = axes.barh(labels, ratios, color=["#4477aa" if x >= 1 else "#cc6677" for x in ratios])
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("time of the other library / ours (more than 1: ours is faster)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main(args):
+    chosen = [row for row in rows() if row.name.startswith(args.only or ("",))]
+    if args.wait:
+        wait_until_quiet()
+    peaks, results = measure_peaks(args.rounds), {}
+    for row in tqdm(chosen):
+        results[row] = contest(
+            row, max(args.rounds if row.shape == "tiny" else args.rounds // 3, 1)
+        )
+    text = table(results, peaks)
+    print(text)
+    if args.write:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(x.split(": ")[1] for x in info if x.startswith("model name"))
+        stamp = f"{datetime.date.today()}, {os.cpu_count()} cores, {processor}.\n\n"
+        path = HERE / "RESULTS.md"
+        before, found, rest = path.read_text("utf-8").partition(MARKS[0])
+        assert found and MARKS[1] in rest, f"{path} lacks the two comments that the table replaces"
+        after = rest.partition(MARKS[1])[2]
+        path.write_text(before + MARKS[0] + stamp + text + MARKS[1] + after, "utf-8")
+        draw(results, ROOT / "docs" / "speed.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
