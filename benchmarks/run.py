@@ -2,7 +2,9 @@
 
     pip install -r benchmarks/requirements-peers.txt
     pip install --no-deps --target .venv-ppo trl==1.12.0   # the last TRL with a PPO trainer
-    python benchmarks/run.py                               # 20 to 30 minutes; a table
+    python -m venv .venv-tunix                             # it wants other versions of its own
+    .venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+    python benchmarks/run.py                               # ten minutes; a table
     python benchmarks/run.py --only sft sampling --rounds 5
     python benchmarks/run.py --write                       # also into RESULTS.md and docs/speed.png
 

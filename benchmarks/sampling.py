@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py
 
-The scripts draw a block of 256 tokens and then one of its tokens, both by Gumbel noise
+The scripts draw a block of about sqrt(V) tokens and then one of its tokens, both by Gumbel noise
 (draw_token). Beside it stand jax.random.categorical, Gumbel noise for every token, and the inverse
 of the distribution function, one uniform number a row. All run inside one jit, in turn, on logits
 of a normal distribution.
