@@ -214,6 +214,13 @@ def test_sections_and_the_line_come_in_order(name):
 
 
 @every_file
+def test_compiled_programs_are_kept(name):
+    """But for sharded.py: jax 0.5.0 must not read programs for several devices back."""
+    before = source(name).partition("\nimport jax\n")[0]  # which reads the variable
+    assert before.count('setdefault("JAX_COMPILATION_CACHE_DIR"') == (name != "sharded")
+
+
+@every_file
 def test_arguments_are_parsed_before_heavy_imports(name):
     """Docstring, light imports, Args, parse, so that --help answers at once."""
     body = tree(name).body
