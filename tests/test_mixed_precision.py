@@ -424,7 +424,7 @@ def test_gradients_underflow_in_float16_without_a_scale(reviews):
 def test_float16_follows_float32_where_it_is_scaled(reviews):
     """The same 300 batches; the distance of the curves, each a mean of 20 steps, in nats."""
     config, params, batches = reviews
-    params = benchmark.enlarge_residual(params, 1024)
+    params = benchmark.enlarge_residual(params, 4096)
     losses = {
         name: benchmark.smooth(benchmark.train(params, config, *run, batches)[0])
         for name, run in benchmark.RUNS.items()
