@@ -1156,7 +1156,7 @@ class RunFolder:
             print("|".join(texts), *numbers, sep="  ")
         seconds = time.monotonic() - self.started
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
-        more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else " …, on your data"
+        more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else "  # on your data"
         print(f"next: python {command} {self.path / 'model'}{more}")
 
 

@@ -307,7 +307,7 @@ def test_what_a_run_prints(script, runs, inputs):
     found = re.fullmatch(r"finished in \d+ s  (eval/.*); the model is run/model", finished)
     for name, value in re.findall(r"(\S+) (\S+)", found[1]):
         assert value == f"{rows[-1][name]:.4g}", name  # of the last step, not of one before
-    assert re.fullmatch(r"next: python \w+\.py .*run/model …, on your data", command)
+    assert re.fullmatch(r"next: python \w+\.py .*run/model  # on your data", command)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     text = text[text.index(steps[-1]) :]
     for sample in [x for x in samples if x["step"] == len(rows) - 1][:3]:
