@@ -191,11 +191,11 @@ def full_vocabulary_kl(policy_logits, ref_logits, mask):
 @functools.partial(jax.jit, static_argnames=("configs", "prompt_length", "temperature"))
 def sequence_kl(params, ref_params, configs, tokens, mask, prompt_length, temperature):
     """full_vocabulary_kl of sampled sequences: tokens, mask [B, P + R] -> [B]."""
-    logits, ref_logits = (  # [B, R, V] each
-        ppo.response_logits(p, c, tokens, mask, prompt_length, temperature)
+    logits, ref_logits = (  # [B, R + 1, V] each
+        ppo.GPT2(c).apply({"params": p}, tokens, mask, logits_from=prompt_length - 1) / temperature
         for p, c in zip((params, ref_params), configs)
     )
-    return full_vocabulary_kl(logits, ref_logits, mask[:, prompt_length:])
+    return full_vocabulary_kl(logits[:, :-1], ref_logits[:, :-1], mask[:, prompt_length:])
 
 
 def in_batches(rows, batch_size):

@@ -50,6 +50,7 @@ class Args:
     epochs: int = 4  # passes over a rollout
     num_minibatches: int = 2  # updates in one pass
     micro_batch_size: int = 32  # sequences in one forward and backward pass of an update
+    rollout_batch_size: int | None = None  # completions sampled and scored at once; none: all
     learning_rate: float = 3e-4  # peak; it falls linearly to 0
     warmup_steps: int = 8  # updates in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices
@@ -259,14 +260,18 @@ def train_step(state, batch, key, configs, optimizer, args):
     prompt_length = batch["tokens"].shape[1] - response_length
     stop_kl = jnp.inf if args.stop_kl is None else args.stop_kl
 
+    def logprobs_and_entropies(logits, tokens):
+        # A metric alone need not be differentiated.
+        of_entropy = logits if args.entropy_coef else jax.lax.stop_gradient(logits)
+        return token_logprobs(logits, tokens), token_entropies(of_entropy)
+
     def loss_fn(params, batch):
         tokens, mask = batch["tokens"], batch["mask"]
         response_mask = mask[:, prompt_length:].astype(jnp.float32)
-        logits = response_logits(
-            params["policy"], config, tokens, mask, prompt_length, args.temperature
-        )
+        model = (params["policy"], config, tokens, mask, prompt_length, args.temperature)
+        logprobs, entropies = read_response(logprobs_and_entropies, *model)
         policy_loss, policy_metrics = ppo_policy_loss(
-            token_logprobs(logits, tokens[:, prompt_length:]),
+            logprobs,
             batch["logprobs"],
             batch["advantages"],
             response_mask,
@@ -276,9 +281,7 @@ def train_step(state, batch, key, configs, optimizer, args):
         value_loss, value_metrics = value_function_loss(
             values, batch["values"], batch["returns"], response_mask, args.value_clip_eps
         )
-        if not args.entropy_coef:  # only looked at: no need to differentiate it
-            logits = jax.lax.stop_gradient(logits)
-        entropy = masked_mean(token_entropies(logits), response_mask)
+        entropy = masked_mean(entropies, response_mask)
         loss = policy_loss + args.vf_coef * value_loss - args.entropy_coef * entropy
         return loss, policy_metrics | value_metrics | {"policy/entropy_avg": entropy}
 
@@ -339,8 +342,16 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     P, eos_id = args.max_prompt_length, config.eos_token_id
     tokens, mask = pad_rows([ids[0] for _, ids in prompts], P, left=True)  # [B, P]
     sampling = (args.max_completion_length, args.temperature, eos_id, num_samples)
-    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
-    ref_logprobs = policy_logprobs(ref_params, config, tokens, mask, P, args.temperature)
+
+    def sample(tokens, mask, numbers):
+        own_key = jax.random.fold_in(key, numbers[0]) if numbers[0] else key
+        tokens, mask, logprobs = generate(params, config, tokens, mask, own_key, *sampling)
+        ref_logprobs = policy_logprobs(ref_params, config, tokens, mask, P, args.temperature)
+        return tokens, mask, logprobs, ref_logprobs
+
+    size = args.rollout_batch_size and args.rollout_batch_size // num_samples  # prompts at once
+    found = in_parts(sample, size, tokens, mask, np.arange(len(prompts)))
+    tokens, mask, logprobs, ref_logprobs = found
     response_mask = mask[:, P:].astype(jnp.float32)
     ended = jnp.any(tokens[:, P:] == eos_id, axis=1)
     sampled = Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended)
@@ -350,21 +361,23 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     return sampled, rows, decode_responses(tokenizer, tokens, mask, P, eos_id)
 
 
-def response_logits(params, config, tokens, mask, prompt_length, temperature):
-    """What the response tokens were drawn from: tokens, mask [B, P + R] -> [B, R, V].
+def read_response(function, params, config, tokens, mask, prompt_length, temperature):
+    """function(logits, tokens) of what the response tokens were drawn from: [B, P + R] -> [B, R].
 
     The logits that predict response token t stand at column P - 1 + t.
     """
-    model = GPT2(config)
-    logits = model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1)
-    return logits[:, :-1] / temperature
+
+    def read(logits, tokens):
+        return function(logits / temperature, tokens)
+
+    read, model = (read, tokens[:, prompt_length:]), GPT2(config)
+    return model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1, read=read)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "prompt_length", "temperature"))
 def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
     """Log-probabilities of the response tokens: tokens, mask [B, P + R] -> [B, R]."""
-    logits = response_logits(params, config, tokens, mask, prompt_length, temperature)
-    return token_logprobs(logits, tokens[:, prompt_length:])
+    return read_response(token_logprobs, params, config, tokens, mask, prompt_length, temperature)
 
 
 class Rewards(NamedTuple):
@@ -395,7 +408,7 @@ def load_rewards(args, tokenizer, eos_id):
     return Rewards(functions, learned, load_gold(args.gold, args.dataset))
 
 
-def score(sampled, rows, texts, rewards, missing_eos_penalty):
+def score(sampled, rows, texts, rewards, args):
     """2. Score the completions of a Rollout: {"reward", "gold/reward", "rewards/<name>"}, [N] each.
 
     NaN where a function does not apply. "reward" is the weighted sum of those that do, and NaN,
@@ -404,10 +417,11 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
     parts = [(name, call_reward(f, rows, texts), weight) for name, f, weight in rewards.functions]
     if rewards.learned:
         config, params = rewards.learned
-        learned = learned_rewards(params, config, sampled.tokens, sampled.mask)
+        function = functools.partial(learned_rewards, params, config)
+        learned = in_parts(function, args.rollout_batch_size, sampled.tokens, sampled.mask)
         parts.append(("reward_model", np.asarray(learned), 1.0))
     total = sum(weight * np.nan_to_num(x) for _, x, weight in parts)
-    total = total - missing_eos_penalty * ~np.asarray(sampled.ended)
+    total = total - args.missing_eos_penalty * ~np.asarray(sampled.ended)
     applies = np.any([~np.isnan(x) for _, x, weight in parts if weight], axis=0)
     if not applies.any():
         print("note: no reward applies to any completion of this step: nothing is learned from it")
@@ -451,7 +465,10 @@ def make_experience(state, sampled, scores, critic_config, args):
     if args.whiten_rewards:
         rewards = whiten(rewards, response_mask, shift_mean=False)
     # 4. Advantages, whitened once over the whole rollout, not once in each minibatch.
-    values = critic_values(state.params["critic"], critic_config, tokens, mask, prompt_length)
+    critic = functools.partial(critic_values, state.params["critic"], critic_config)
+    size = args.rollout_batch_size or len(tokens)
+    parts = [x.reshape(-1, size, x.shape[1]) for x in (tokens, mask)]
+    values = jax.lax.map(lambda part: critic(*part, prompt_length), parts).reshape(logprobs.shape)
     advantages, returns = compute_gae(rewards, values, response_mask, args.gamma, args.lam)
     batch = {
         "tokens": tokens,
@@ -505,6 +522,8 @@ def main(args):
     sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size {args.micro_batch_size}"
     fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
     check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
+    fits = args.batch_size % (args.rollout_batch_size or args.batch_size) == 0
+    check(fits, f"--rollout-batch-size does not divide --batch-size {args.batch_size}")
     check(args.batch_size <= len(prompts), f"--batch-size is above the {len(prompts)} prompts")
 
     configs = (config, critic_config)
@@ -518,7 +537,7 @@ def main(args):
         models = (state.params["policy"], ref_params, config, tokenizer)
         key = stream_key(args.seed, stream, step)
         sampled, rows, texts = rollout(*models, asked, num_samples=1, key=key, args=args)
-        scores = score(sampled, rows, texts, rewards, args.missing_eos_penalty)
+        scores = score(sampled, rows, texts, rewards, args)
         return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
@@ -583,16 +602,50 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0, read=None):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
+
+        With read = (function, *arrays [B, C]): what function(logits [B, C, V], *arrays) says of
+        each token, [B, C], without ever holding all the logits.
+        """
         # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
         x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
         if not self.config.tie_word_embeddings:
             head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
-        table = head.embedding.astype(self.config.dtype)  # [V, D]
-        x = x[:, logits_from:].astype(table.dtype)  # the largest product: only where it is read
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        x = x[:, logits_from:]  # the largest product: only where it is read
+        if read:
+            return read_in_blocks(self.config, head.embedding, x, *read)
+        logits = unembed(self.config, head.embedding, x)
         return logits if cache is None else (logits, new_cache)
+
+
+def unembed(config, table, x):
+    """The head: x [B, T, D] times the embeddings [V, D], float32 logits [B, T, V]."""
+    x, table = x.astype(config.dtype), table.astype(config.dtype)
+    return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def read_in_blocks(config, table, x, function, *arrays):
+    """function(logits of x, *arrays) -> [B, C]; x [B, T, D] is cut to the arrays' [B, C].
+
+    GPT-2's logits take 200 kB a token. Here 128 MB stand at a time, those of a block of columns:
+    they are forgotten once they are read, and made again in the backward pass.
+    """
+    B, C = arrays[0].shape
+    x, size = x[:, :C], max(2**25 // (B * len(table)), 1)  # columns in a block
+
+    def block(parts):
+        return function(unembed(config, table, parts[0]), *parts[1:])
+
+    if size >= C:
+        return block((x, *arrays))
+
+    def split(x):  # [B, C, …] -> [C / size, B, size, …], filled up with 0
+        x = jnp.pad(x, [(0, 0), (0, -C % size), (0, 0)][: x.ndim])
+        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    found = jax.lax.map(jax.checkpoint(block), jax.tree.map(split, (x, *arrays)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :C], found)
 
 
 def token_logprobs(logits, tokens):
@@ -758,6 +811,18 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
     _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(unfinished, one_token, carry)
     return tokens, mask, logprobs
+
+
+def in_parts(function, size, *arrays):
+    """function(*arrays) of `size` rows at a time, or of all for None: its arrays, joined.
+
+    The last part is filled up with the first rows once more: one shape to compile.
+    """
+    count = len(arrays[0])
+    size = min(size or count, count)
+    parts = np.resize(np.arange(count), (-(-count // size), size))
+    found = [function(*(x[rows] for x in arrays)) for rows in parts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[: count * len(x[0]) // size], *found)
 
 
 def stream_key(seed, name, step):

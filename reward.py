@@ -278,7 +278,8 @@ def main(args):
     state, start = run.start(make_state(params, optimizer), total_steps)
 
     def evaluate_and_sample(step):
-        scores, metrics = evaluate(state.params, config, eval_rows, args.batch_size, max_length)
+        size = args.micro_batch_size
+        scores, metrics = evaluate(state.params, config, eval_rows, size, max_length)
         samples = [{name: row[name] for name in ("prompt", *answers)} for row, _ in eval_pairs[:8]]
         for sample, (chosen, rejected) in zip(samples, scores.tolist()):
             sample |= {"chosen_score": chosen, "rejected_score": rejected}
@@ -352,16 +353,50 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0, read=None):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
+
+        With read = (function, *arrays [B, C]): what function(logits [B, C, V], *arrays) says of
+        each token, [B, C], without ever holding all the logits.
+        """
         # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
         x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
         if not self.config.tie_word_embeddings:
             head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
-        table = head.embedding.astype(self.config.dtype)  # [V, D]
-        x = x[:, logits_from:].astype(table.dtype)  # the largest product: only where it is read
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        x = x[:, logits_from:]  # the largest product: only where it is read
+        if read:
+            return read_in_blocks(self.config, head.embedding, x, *read)
+        logits = unembed(self.config, head.embedding, x)
         return logits if cache is None else (logits, new_cache)
+
+
+def unembed(config, table, x):
+    """The head: x [B, T, D] times the embeddings [V, D], float32 logits [B, T, V]."""
+    x, table = x.astype(config.dtype), table.astype(config.dtype)
+    return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def read_in_blocks(config, table, x, function, *arrays):
+    """function(logits of x, *arrays) -> [B, C]; x [B, T, D] is cut to the arrays' [B, C].
+
+    GPT-2's logits take 200 kB a token. Here 128 MB stand at a time, those of a block of columns:
+    they are forgotten once they are read, and made again in the backward pass.
+    """
+    B, C = arrays[0].shape
+    x, size = x[:, :C], max(2**25 // (B * len(table)), 1)  # columns in a block
+
+    def block(parts):
+        return function(unembed(config, table, parts[0]), *parts[1:])
+
+    if size >= C:
+        return block((x, *arrays))
+
+    def split(x):  # [B, C, …] -> [C / size, B, size, …], filled up with 0
+        x = jnp.pad(x, [(0, 0), (0, -C % size), (0, 0)][: x.ndim])
+        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    found = jax.lax.map(jax.checkpoint(block), jax.tree.map(split, (x, *arrays)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :C], found)
 
 
 def token_logprobs(logits, tokens):

@@ -103,7 +103,7 @@ def cross_entropy_loss(logits, targets, mask):
     logits [B, T, V], targets [B, T] already shifted (logits[:, t] predicts targets[:, t]), mask
     [B, T]. The metrics also have the share of targets that were the likeliest token.
     """
-    assert logits.shape[:2] == targets.shape == mask.shape, (logits.shape, targets.shape)
+    assert logits.shape[:-1] == targets.shape == mask.shape, (logits.shape, targets.shape)
     count = jnp.maximum(mask.sum(), 1)
     loss = -jnp.sum(token_logprobs(logits, targets) * mask) / count
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -136,6 +136,17 @@ def make_batch(rows, max_length, train_on_prompt=False):
     return {"tokens": tokens, "mask": mask, "loss_mask": loss_mask}
 
 
+def batch_loss(params, config, batch):
+    """cross_entropy_loss of make_batch's batch, a mean over tokens: read token by token."""
+    loss_mask = batch["loss_mask"][:, 1:]
+    each_token = jax.vmap(jax.vmap(cross_entropy_loss))
+    read = (each_token, batch["tokens"][:, 1:], loss_mask)
+    _, metrics = GPT2(config).apply({"params": params}, batch["tokens"], batch["mask"], read=read)
+    count = jnp.maximum(loss_mask.sum(), 1)
+    metrics = {name: x.sum() / count for name, x in metrics.items()}  # x [B, T - 1]
+    return metrics["loss"], metrics
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "optimizer", "args"), donate_argnames="state"
 )
@@ -143,9 +154,7 @@ def train_step(state, batch, config, optimizer, args):
     """One optimizer step on batch: {"tokens", "mask", "loss_mask"}, [B, T] each."""
 
     def loss_fn(params, batch):
-        logits = GPT2(config).apply({"params": params}, batch["tokens"], batch["mask"])
-        targets, loss_mask = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
-        return cross_entropy_loss(logits[:, :-1], targets, loss_mask)
+        return batch_loss(params, config, batch)
 
     counts = batch["loss_mask"][:, 1:].sum(axis=1)
     (_, metrics), grads = accumulate_gradients(
@@ -159,9 +168,7 @@ def train_step(state, batch, config, optimizer, args):
 @functools.partial(jax.jit, static_argnames="config")
 def eval_step(params, batch, config):
     """The metrics of cross_entropy_loss, and over how many tokens they are means."""
-    logits = GPT2(config).apply({"params": params}, batch["tokens"], batch["mask"])[:, :-1]
-    loss_mask = batch["loss_mask"][:, 1:]
-    return cross_entropy_loss(logits, batch["tokens"][:, 1:], loss_mask)[1], loss_mask.sum()
+    return batch_loss(params, config, batch)[1], batch["loss_mask"][:, 1:].sum()
 
 
 def evaluate(params, config, rows, batch_size, max_length):
@@ -246,7 +253,7 @@ def main(args):
         texts = decode_responses(tokenizer, tokens, mask, args.max_prompt_length, eos_id)
         samples = [{"prompt": tokenizer.decode(p), "completion": t} for p, t in zip(prompts, texts)]
         run.log_samples(step, samples)
-        return evaluate(state.params, config, eval_rows, args.batch_size, max_length)
+        return evaluate(state.params, config, eval_rows, args.micro_batch_size, max_length)
 
     if start == 0:
         run.log(0, evaluate_and_sample(0), "eval/loss")
@@ -300,16 +307,50 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0, read=None):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
+
+        With read = (function, *arrays [B, C]): what function(logits [B, C, V], *arrays) says of
+        each token, [B, C], without ever holding all the logits.
+        """
         # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
         x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
         if not self.config.tie_word_embeddings:
             head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
-        table = head.embedding.astype(self.config.dtype)  # [V, D]
-        x = x[:, logits_from:].astype(table.dtype)  # the largest product: only where it is read
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        x = x[:, logits_from:]  # the largest product: only where it is read
+        if read:
+            return read_in_blocks(self.config, head.embedding, x, *read)
+        logits = unembed(self.config, head.embedding, x)
         return logits if cache is None else (logits, new_cache)
+
+
+def unembed(config, table, x):
+    """The head: x [B, T, D] times the embeddings [V, D], float32 logits [B, T, V]."""
+    x, table = x.astype(config.dtype), table.astype(config.dtype)
+    return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def read_in_blocks(config, table, x, function, *arrays):
+    """function(logits of x, *arrays) -> [B, C]; x [B, T, D] is cut to the arrays' [B, C].
+
+    GPT-2's logits take 200 kB a token. Here 128 MB stand at a time, those of a block of columns:
+    they are forgotten once they are read, and made again in the backward pass.
+    """
+    B, C = arrays[0].shape
+    x, size = x[:, :C], max(2**25 // (B * len(table)), 1)  # columns in a block
+
+    def block(parts):
+        return function(unembed(config, table, parts[0]), *parts[1:])
+
+    if size >= C:
+        return block((x, *arrays))
+
+    def split(x):  # [B, C, …] -> [C / size, B, size, …], filled up with 0
+        x = jnp.pad(x, [(0, 0), (0, -C % size), (0, 0)][: x.ndim])
+        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    found = jax.lax.map(jax.checkpoint(block), jax.tree.map(split, (x, *arrays)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :C], found)
 
 
 def token_logprobs(logits, tokens):

@@ -51,6 +51,7 @@ class Args:
     epochs: int = 2  # passes over a rollout
     num_minibatches: int = 2  # updates in one pass
     micro_batch_size: int = 32  # sequences in one forward and backward pass of an update
+    rollout_batch_size: int | None = None  # completions sampled and scored at once; none: all
     learning_rate: float = 3e-4  # peak; it falls linearly to 0
     warmup_steps: int = 8  # updates in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices
@@ -381,15 +382,17 @@ def train_step(state, batch, key, config, optimizer, args, mesh):
     prompt_length = batch["tokens"].shape[1] - response_length
     clip_high = args.clip_eps if args.clip_eps_high is None else args.clip_eps_high
 
+    def logprobs_and_entropies(logits, tokens):
+        # A metric alone need not be differentiated.
+        of_entropy = logits if args.entropy_coef else jax.lax.stop_gradient(logits)
+        return token_logprobs(logits, tokens), token_entropies(of_entropy)
+
     def loss_fn(params, batch):
         params = gather_weights(params, mesh)
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         tokens, mask = batch["tokens"], batch["mask"]
-        logits = response_logits(params, config, tokens, mask, prompt_length, args.temperature)
-        logprobs = token_logprobs(logits, tokens[:, prompt_length:])
-        if not args.entropy_coef:  # only looked at: no need to differentiate it
-            logits = jax.lax.stop_gradient(logits)
-        entropy = token_entropies(logits)
+        model = (params, config, tokens, mask, prompt_length, args.temperature)
+        logprobs, entropies = read_response(logprobs_and_entropies, *model)
         loss, metrics = grpo_loss(
             logprobs,
             batch["logprobs"],
@@ -402,9 +405,10 @@ def train_step(state, batch, key, config, optimizer, args, mesh):
             aggregation=args.aggregation,
             ratio_level=args.ratio_level,
             max_length=response_length,
-            entropy_bonus=args.entropy_coef * entropy,
+            entropy_bonus=args.entropy_coef * entropies,
         )
-        return loss, metrics | {"policy/entropy_avg": masked_mean(entropy, batch["response_mask"])}
+        entropy = masked_mean(entropies, batch["response_mask"])
+        return loss, metrics | {"policy/entropy_avg": entropy}
 
     def update(state, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
@@ -446,9 +450,15 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     """1. Sample completions to encode_rows' prompts: (Rollout, their rows, their texts), N each."""
     P, eos_id = args.max_prompt_length, config.eos_token_id
     tokens, mask = pad_rows([ids[0] for _, ids in prompts], P, left=True)  # [B, P]
-    tokens, mask = (put(x, NamedSharding(mesh, BATCH)) for x in (tokens, mask))
     sampling = (args.max_completion_length, args.temperature, eos_id, num_samples)
-    sampled = sample_on_mesh(params, ref_params, config, tokens, mask, key, sampling, mesh)
+
+    def sample(tokens, mask, numbers):
+        own_key = jax.random.fold_in(key, numbers[0]) if numbers[0] else key
+        tokens, mask = (put(x, NamedSharding(mesh, BATCH)) for x in (tokens, mask))
+        return sample_on_mesh(params, ref_params, config, tokens, mask, own_key, sampling, mesh)
+
+    size = args.rollout_batch_size and args.rollout_batch_size // num_samples  # prompts at once
+    sampled = in_parts(sample, size, tokens, mask, np.arange(len(prompts)))
     tokens, mask = process_allgather(sampled[:2], tiled=True)
     rows = [row for row, _ in prompts for _ in range(num_samples)]
     ids = zip(np.asarray(tokens)[:, P:], np.asarray(mask)[:, P:] > 0)
@@ -469,21 +479,23 @@ def sample_on_mesh(params, ref_params, config, tokens, mask, key, sampling, mesh
     return jax.lax.with_sharding_constraint(sampled, NamedSharding(mesh, BATCH))
 
 
-def response_logits(params, config, tokens, mask, prompt_length, temperature):
-    """What the response tokens were drawn from: tokens, mask [B, P + R] -> [B, R, V].
+def read_response(function, params, config, tokens, mask, prompt_length, temperature):
+    """function(logits, tokens) of what the response tokens were drawn from: [B, P + R] -> [B, R].
 
     The logits that predict response token t stand at column P - 1 + t.
     """
-    model = GPT2(config)
-    logits = model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1)
-    return logits[:, :-1] / temperature
+
+    def read(logits, tokens):
+        return function(logits / temperature, tokens)
+
+    read, model = (read, tokens[:, prompt_length:]), GPT2(config)
+    return model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1, read=read)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "prompt_length", "temperature"))
 def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
     """Log-probabilities of the response tokens: tokens, mask [B, P + R] -> [B, R]."""
-    logits = response_logits(params, config, tokens, mask, prompt_length, temperature)
-    return token_logprobs(logits, tokens[:, prompt_length:])
+    return read_response(token_logprobs, params, config, tokens, mask, prompt_length, temperature)
 
 
 class Rewards(NamedTuple):
@@ -514,7 +526,7 @@ def load_rewards(args, tokenizer, eos_id):
     return Rewards(functions, learned, load_gold(args.gold, args.dataset))
 
 
-def score(sampled, rows, texts, rewards, missing_eos_penalty):
+def score(sampled, rows, texts, rewards, args):
     """2. Score the completions of a Rollout: {"reward", "gold/reward", "rewards/<name>"}, [N] each.
 
     NaN where a function does not apply. "reward" is the weighted sum of those that do, and NaN,
@@ -526,10 +538,11 @@ def score(sampled, rows, texts, rewards, missing_eos_penalty):
     ]
     if rewards.learned:
         config, params = rewards.learned
-        learned = learned_rewards(params, config, sampled.tokens, sampled.mask)
+        function = functools.partial(learned_rewards, params, config)
+        learned = in_parts(function, args.rollout_batch_size, sampled.tokens, sampled.mask)
         parts.append(("reward_model", process_allgather(learned, tiled=True), 1.0))
     total = sum(weight * np.nan_to_num(x) for _, x, weight in parts)
-    total = total - missing_eos_penalty * ~process_allgather(sampled.ended, tiled=True)
+    total = total - args.missing_eos_penalty * ~process_allgather(sampled.ended, tiled=True)
     applies = np.any([~np.isnan(x) for _, x, weight in parts if weight], axis=0)
     scores = {"reward": np.where(applies, total, np.nan)}
     if rewards.gold:
@@ -615,10 +628,11 @@ def main(args):
     check("score" not in ref_params, f"{args.model} is a reward model, not a language model")
     check_sizes(config, tokenizer, args)
     check(args.temperature > 0, "--temperature must be above 0: else nothing can be learned")
-    alone = "--num-generations must be at least 2: a group of one has nothing to compare with"
-    check(args.num_generations >= 2, alone)
-    groups = f"--num-generations {args.num_generations} does not divide --batch-size"
-    check(args.batch_size % args.num_generations == 0, f"{groups} {args.batch_size}")
+    check(args.num_generations >= 2, "--num-generations must be at least 2, to have a baseline")
+    groups = f"--num-generations {args.num_generations} does not divide"
+    check(args.batch_size % args.num_generations == 0, f"{groups} --batch-size {args.batch_size}")
+    most = args.rollout_batch_size or 0
+    check(most % args.num_generations == 0, f"{groups} --rollout-batch-size {most}")
     sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size {args.micro_batch_size}"
     fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
     check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
@@ -630,6 +644,7 @@ def main(args):
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     check_splits(mesh, "prompts of a step (--batch-size / --num-generations)", size, parts)
     check_splits(mesh, "sequences of --micro-batch-size", args.micro_batch_size, parts)
+    check_splits(mesh, "prompts of --rollout-batch-size", most // args.num_generations, parts)
     check_splits(mesh, "heads of the model", config.n_head, mesh.shape["tensor"])
     eval_prompts = eval_prompts[: min(256, len(eval_prompts)) // parts * parts]
     check(eval_prompts, f"fewer than {parts} held-out prompts do not split into as many parts")
@@ -649,7 +664,7 @@ def main(args):
         models = (state.params, reference, config, tokenizer)
         key = stream_key(args.seed, stream, step)
         sampled, rows, texts = rollout(*models, asked, num_samples, key=key, args=args, mesh=mesh)
-        scores = score(sampled, rows, texts, rewards, args.missing_eos_penalty)
+        scores = score(sampled, rows, texts, rewards, args)
         return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
@@ -717,16 +732,50 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0, read=None):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
+
+        With read = (function, *arrays [B, C]): what function(logits [B, C, V], *arrays) says of
+        each token, [B, C], without ever holding all the logits.
+        """
         # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
         x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
         if not self.config.tie_word_embeddings:
             head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
-        table = head.embedding.astype(self.config.dtype)  # [V, D]
-        x = x[:, logits_from:].astype(table.dtype)  # the largest product: only where it is read
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        x = x[:, logits_from:]  # the largest product: only where it is read
+        if read:
+            return read_in_blocks(self.config, head.embedding, x, *read)
+        logits = unembed(self.config, head.embedding, x)
         return logits if cache is None else (logits, new_cache)
+
+
+def unembed(config, table, x):
+    """The head: x [B, T, D] times the embeddings [V, D], float32 logits [B, T, V]."""
+    x, table = x.astype(config.dtype), table.astype(config.dtype)
+    return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def read_in_blocks(config, table, x, function, *arrays):
+    """function(logits of x, *arrays) -> [B, C]; x [B, T, D] is cut to the arrays' [B, C].
+
+    GPT-2's logits take 200 kB a token. Here 128 MB stand at a time, those of a block of columns:
+    they are forgotten once they are read, and made again in the backward pass.
+    """
+    B, C = arrays[0].shape
+    x, size = x[:, :C], max(2**25 // (B * len(table)), 1)  # columns in a block
+
+    def block(parts):
+        return function(unembed(config, table, parts[0]), *parts[1:])
+
+    if size >= C:
+        return block((x, *arrays))
+
+    def split(x):  # [B, C, …] -> [C / size, B, size, …], filled up with 0
+        x = jnp.pad(x, [(0, 0), (0, -C % size), (0, 0)][: x.ndim])
+        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    found = jax.lax.map(jax.checkpoint(block), jax.tree.map(split, (x, *arrays)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :C], found)
 
 
 def token_logprobs(logits, tokens):
@@ -892,6 +941,18 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
     _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(unfinished, one_token, carry)
     return tokens, mask, logprobs
+
+
+def in_parts(function, size, *arrays):
+    """function(*arrays) of `size` rows at a time, or of all for None: its arrays, joined.
+
+    The last part is filled up with the first rows once more: one shape to compile.
+    """
+    count = len(arrays[0])
+    size = min(size or count, count)
+    parts = np.resize(np.arange(count), (-(-count // size), size))
+    found = [function(*(x[rows] for x in arrays)) for rows in parts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[: count * len(x[0]) // size], *found)
 
 
 def stream_key(seed, name, step):

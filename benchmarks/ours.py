@@ -126,7 +126,7 @@ def sampler(script, shape, config, args, num_samples, rewards):
     def sample(policy, ref_params, key):
         models = (policy, ref_params, config, tokenizer)
         sampled, rows, texts = script.rollout(*models, prompts, num_samples, key, args)
-        scores = script.score(sampled, rows, texts, rewards, args.missing_eos_penalty)
+        scores = script.score(sampled, rows, texts, rewards, args)
         script.describe(sampled, rows, texts, scores)
         return sampled, scores["reward"]
 

@@ -33,7 +33,7 @@ DIFFERENT = {
 }
 DIFFERENT_IN = {
     ("gpt2", "generate"): "has top-k, top-p and temperature 0, which training must not use",
-    ("mixed_precision", "GPT2.__call__"): "the head is a product in half precision, too",
+    ("mixed_precision", "unembed"): "the head is a product in half precision, too",
     ("mixed_precision", "dense"): "a product in half precision, with half_dot's gradients",
     ("sharded", "rollout"): "puts prompts on the mesh, and gathers the samples",
     ("sharded", "score"): "each process scores its share",

@@ -260,7 +260,7 @@ def test_a_margin_that_some_rows_lack_is_0_there(inputs, tmp_path, monkeypatch):
 def test_too_few_rows_for_a_batch(script, refused, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows_of(script)[:3])
     words = dict.fromkeys(GRPO, "4 prompts (--batch-size / --num-generations), --dataset has 3")
-    words |= {iterative_dpo: "--prompts-per-round is above the 3 prompts"}
+    words |= {iterative_dpo: "--prompts-per-round 24 is above the 3 prompts"}
     assert words.get(script, "--batch-size is above the 3") in refused(script, dataset=str(path))
 
 
@@ -527,6 +527,12 @@ FLAGS = [  # scripts, changes, what the message says
     (POLICY_GRADIENTS, {"num_minibatches": 4}, "--micro-batch-size 4"),  # minibatches of 2
     # One alone has nothing to be compared with, and no spread.
     ((*GROUPED, reward), {"num_generations": 1}, "--num-generations must be"),
+    (
+        GROUPED,
+        {"rollout_batch_size": 1},
+        "--num-generations.* does not divide --rollout-batch-size",
+    ),
+    ([ppo], {"rollout_batch_size": 3}, "--rollout-batch-size does not divide --batch-size 8"),
     (GRPO, {"num_generations": 3}, "--num-generations 3 .*--batch-size 8"),
     # Drawn labels are of two; pairs that fill no batch would have been sampled for nothing.
     ([iterative_dpo], {"num_generations": 3}, "--num-generations must be 2.*--pair best-worst"),

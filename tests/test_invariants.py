@@ -654,7 +654,8 @@ def test_functions_that_say_none_take_no_part(script):
     zeros, ended = jnp.zeros((4, 2)), jnp.array([True, True, True, False])
     sampled = script.Rollout(None, None, jnp.ones((4, 2)), zeros, zeros, ended)
     rows = [{"prompt": "p"}] * 4
-    scores = script.score(sampled, rows, list("wxyz"), script.Rewards(functions, None, None), 1.5)
+    args = script.Args(missing_eos_penalty=1.5)
+    scores = script.score(sampled, rows, list("wxyz"), script.Rewards(functions, None, None), args)
     np.testing.assert_array_equal(scores["reward"], [22.0, 40.0, 6.0, np.nan])
     metrics, samples = script.describe(sampled, rows, list("wxyz"), scores)
     assert metrics["reward"] == pytest.approx(68 / 3) and "rewards/silent/mean" not in metrics

@@ -109,7 +109,8 @@ def test_policy_logprobs_and_entropy_equal_golden(tiny, goldens, temperature):
     tokens, mask = golden["input_ids"], golden["attention_mask"]
     rest = (tokens, mask, int(golden["prompt_length"]), temperature)
     logprobs = ppo.policy_logprobs(params, config, *rest)
-    entropy = jax.jit(lambda p: ppo.token_entropies(ppo.response_logits(p, config, *rest)))(params)
+    read = functools.partial(ppo.read_response, lambda logits, _: ppo.token_entropies(logits))
+    entropy = jax.jit(lambda params: read(params, config, *rest))(params)
     response = mask[:, rest[2] :]
     close(logprobs * response, golden[f"logps_t{temperature}"], atol=2e-5)
     close(entropy * response, golden[f"entropy_t{temperature}"], atol=2e-5)
