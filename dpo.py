@@ -16,7 +16,7 @@ embedded data; the optimum is then no longer pi*. Plain DPO is --nll-coef 0.
 
 Data is JSON Lines: {"prompt", "chosen", "rejected"}. With the defaults it
 takes some minutes on two CPU cores; results: README.md.
-Compare: diff dpo.py iterative_dpo.py.
+Compare: diff dpo.py iterative_dpo.py, diff dpo.py lora.py.
 """
 
 import os

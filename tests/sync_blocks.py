@@ -19,7 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 # In the order in which they own what they share.
 SCRIPTS = ["gpt2", "sft", "reward", "ppo", "dpo", "grpo", "iterative_dpo", "sharded"]
-SCRIPTS += ["mixed_precision"]
+SCRIPTS += ["mixed_precision", "lora"]
 DIFFERENT = {
     "Args": "each algorithm has its own flags",
     "TrainState": "each algorithm hands something else to its next step",
@@ -35,6 +35,7 @@ DIFFERENT_IN = {
     ("gpt2", "generate"): "has top-k, top-p and temperature 0, which training must not use",
     ("mixed_precision", "unembed"): "the head is a product in half precision, too",
     ("mixed_precision", "dense"): "a product in half precision, with half_dot's gradients",
+    ("lora", "dense"): "a layer that adds its adapter's product, if there is one",
     ("sharded", "rollout"): "puts prompts on the mesh, and gathers the samples",
     ("sharded", "score"): "each process scores its share",
     ("sharded", "RunFolder.__doc__"): "says who writes what",
