@@ -829,7 +829,7 @@ def save_adapter(folder, adapter, args, prefix="transformer", fan_in_fan_out=Tru
     flat = flatten_dict(adapter)
     names = [".".join(["base_model.model", prefix, *path[:-1], "weight"]) for path in flat]
     tensors = {name: x.reshape(len(x), -1).T for name, x in zip(names, flat.values())}
-    header = {"format": "pt", "base": str(checksum(find_model(args.model)))}
+    header = {"base": str(checksum(find_model(args.model)))}  # a second entry: in random order
     folder.mkdir(exist_ok=True)
     write_file(folder / "adapter_model.safetensors", safetensors.flax.save(tensors, header))
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2).encode())
