@@ -48,6 +48,7 @@ class Args:
     epochs: int = 1  # passes over the pairs
     batch_size: int = 64  # pairs in one optimizer step
     micro_batch_size: int = 16  # pairs in one forward and backward pass
+    rollout_batch_size: int | None = None  # completions sampled and scored at once; none: all
     learning_rate: float = 3e-4  # peak; it falls linearly to 0
     warmup_steps: int = 20  # steps in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices
@@ -283,8 +284,8 @@ def pair_logprobs(params, batch, config):
     """
     names = ["tokens", "mask", "response_mask"]
     tokens, mask, response_mask = (batch[x].reshape(-1, batch[x].shape[-1]) for x in names)
-    logits = GPT2(config).apply({"params": params}, tokens, mask)[:, :-1]  # [2B, T - 1, V]
-    logprobs = token_logprobs(logits, tokens[:, 1:])
+    read = (token_logprobs, tokens[:, 1:])
+    logprobs = GPT2(config).apply({"params": params}, tokens, mask, read=read)  # [2B, T - 1]
     return response_logprobs(logprobs, response_mask[:, 1:]).reshape(-1, 2)
 
 
@@ -338,8 +339,16 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     P, eos_id = args.max_prompt_length, config.eos_token_id
     tokens, mask = pad_rows([ids[0] for _, ids in prompts], P, left=True)  # [B, P]
     sampling = (args.max_completion_length, args.temperature, eos_id, num_samples)
-    tokens, mask, logprobs = generate(params, config, tokens, mask, key, *sampling)
-    ref_logprobs = policy_logprobs(ref_params, config, tokens, mask, P, args.temperature)
+
+    def sample(tokens, mask, numbers):
+        own_key = jax.random.fold_in(key, numbers[0]) if numbers[0] else key
+        tokens, mask, logprobs = generate(params, config, tokens, mask, own_key, *sampling)
+        ref_logprobs = policy_logprobs(ref_params, config, tokens, mask, P, args.temperature)
+        return tokens, mask, logprobs, ref_logprobs
+
+    size = args.rollout_batch_size and args.rollout_batch_size // num_samples  # prompts at once
+    found = in_parts(sample, size, tokens, mask, np.arange(len(prompts)))
+    tokens, mask, logprobs, ref_logprobs = found
     response_mask = mask[:, P:].astype(jnp.float32)
     ended = jnp.any(tokens[:, P:] == eos_id, axis=1)
     sampled = Rollout(tokens, mask, response_mask, logprobs, ref_logprobs, ended)
@@ -349,21 +358,23 @@ def rollout(params, ref_params, config, tokenizer, prompts, num_samples, key, ar
     return sampled, rows, decode_responses(tokenizer, tokens, mask, P, eos_id)
 
 
-def response_logits(params, config, tokens, mask, prompt_length, temperature):
-    """What the response tokens were drawn from: tokens, mask [B, P + R] -> [B, R, V].
+def read_response(function, params, config, tokens, mask, prompt_length, temperature):
+    """function(logits, tokens) of what the response tokens were drawn from: [B, P + R] -> [B, R].
 
     The logits that predict response token t stand at column P - 1 + t.
     """
-    model = GPT2(config)
-    logits = model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1)
-    return logits[:, :-1] / temperature
+
+    def read(logits, tokens):
+        return function(logits / temperature, tokens)
+
+    read, model = (read, tokens[:, prompt_length:]), GPT2(config)
+    return model.apply({"params": params}, tokens, mask, logits_from=prompt_length - 1, read=read)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "prompt_length", "temperature"))
 def policy_logprobs(params, config, tokens, mask, prompt_length, temperature):
     """Log-probabilities of the response tokens: tokens, mask [B, P + R] -> [B, R]."""
-    logits = response_logits(params, config, tokens, mask, prompt_length, temperature)
-    return token_logprobs(logits, tokens[:, prompt_length:])
+    return read_response(token_logprobs, params, config, tokens, mask, prompt_length, temperature)
 
 
 def describe(sampled, rows, texts, scores):
@@ -501,16 +512,50 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0):
-        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V]."""
+    def __call__(self, tokens, mask, cache=None, column=0, logits_from=0, read=None):
+        """tokens, mask (1 = real token) [B, T] -> float32 logits [B, T - logits_from, V].
+
+        With read = (function, *arrays [B, C]): what function(logits [B, C, V], *arrays) says of
+        each token, [B, C], without ever holding all the logits.
+        """
         # With a cache: mask is [B, S], tokens its T columns from `column` on; the cache comes back.
         x, new_cache, head = trunk(self.config, tokens, mask, cache, column)
         if not self.config.tie_word_embeddings:
             head = nn.Embed(self.config.vocab_size, self.config.n_embd, name="lm_head")
-        table = head.embedding.astype(self.config.dtype)  # [V, D]
-        x = x[:, logits_from:].astype(table.dtype)  # the largest product: only where it is read
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        x = x[:, logits_from:]  # the largest product: only where it is read
+        if read:
+            return read_in_blocks(self.config, head.embedding, x, *read)
+        logits = unembed(self.config, head.embedding, x)
         return logits if cache is None else (logits, new_cache)
+
+
+def unembed(config, table, x):
+    """The head: x [B, T, D] times the embeddings [V, D], float32 logits [B, T, V]."""
+    x, table = x.astype(config.dtype), table.astype(config.dtype)
+    return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def read_in_blocks(config, table, x, function, *arrays):
+    """function(logits of x, *arrays) -> [B, C]; x [B, T, D] is cut to the arrays' [B, C].
+
+    GPT-2's logits take 200 kB a token. Here 128 MB stand at a time, those of a block of columns:
+    they are forgotten once they are read, and made again in the backward pass.
+    """
+    B, C = arrays[0].shape
+    x, size = x[:, :C], max(2**25 // (B * len(table)), 1)  # columns in a block
+
+    def block(parts):
+        return function(unembed(config, table, parts[0]), *parts[1:])
+
+    if size >= C:
+        return block((x, *arrays))
+
+    def split(x):  # [B, C, …] -> [C / size, B, size, …], filled up with 0
+        x = jnp.pad(x, [(0, 0), (0, -C % size), (0, 0)][: x.ndim])
+        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    found = jax.lax.map(jax.checkpoint(block), jax.tree.map(split, (x, *arrays)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :C], found)
 
 
 def token_logprobs(logits, tokens):
@@ -651,6 +696,18 @@ def generate(params, config, tokens, mask, key, max_new_tokens, temperature, eos
     carry = (0, jnp.zeros(N, bool), jnp.zeros((N, R)), *prefilled)
     _, _, logprobs, tokens, mask, _, _ = jax.lax.while_loop(unfinished, one_token, carry)
     return tokens, mask, logprobs
+
+
+def in_parts(function, size, *arrays):
+    """function(*arrays) of `size` rows at a time, or of all for None: its arrays, joined.
+
+    The last part is filled up with the first rows once more: one shape to compile.
+    """
+    count = len(arrays[0])
+    size = min(size or count, count)
+    parts = np.resize(np.arange(count), (-(-count // size), size))
+    found = [function(*(x[rows] for x in arrays)) for rows in parts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[: count * len(x[0]) // size], *found)
 
 
 def stream_key(seed, name, step):

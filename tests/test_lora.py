@@ -23,7 +23,6 @@ from test_runs import (
     make_inputs,
     metrics_of,
     small_args,
-    train_until,
 )
 
 import dpo
@@ -36,6 +35,10 @@ ROWS = [[[1, 2, 3], [4, 5, 6, 7], [8, 9]], [[7], [3, 3], [1, 5, 2]]]
 ROWS += [[[9, 8], [7], [6, 5]], [[1, 1], [2, 3, 4], [5]]]
 LAYERS = [(f"h.{i}", *rest) for i in range(2) for rest in (("attn", "c_attn"), ("mlp", "c_fc"))]
 LAYERS += [(f"h.{i}", part, "c_proj") for i in range(2) for part in ("attn", "mlp")]
+
+
+def targeting(targets, **changes):
+    return lora.Args(**({"lora_rank": 3, "lora_alpha": 5, "lora_targets": targets} | changes))
 
 
 @functools.cache
@@ -90,11 +93,11 @@ def test_an_adapter_has_the_shapes_of_its_layers():
         fan_in, *out = kernels[*layer, "kernel"].shape
         A, B = (adapter[*layer, x, "kernel"] for x in ("lora_A", "lora_B"))
         assert A.shape == (fan_in, 3) and B.shape == (3, *out) and not B.any()
-    wide = lora.init_adapter({"c_fc": {"kernel": jnp.zeros((4000, 5))}}, ARGS_OF(("c_fc",)))
+    wide = lora.init_adapter({"c_fc": {"kernel": jnp.zeros((4000, 5))}}, targeting(("c_fc",)))
     A = np.asarray(wide["c_fc"]["lora_A"]["kernel"]) * math.sqrt(4000)
     assert 0.99 < np.abs(A).max() <= 1 and A.var() == pytest.approx(1 / 3, rel=0.05)
     assert abs(A.mean()) < 0.03
-    only = flatten_dict(lora.init_adapter(base(), ARGS_OF(("c_attn",))))
+    only = flatten_dict(lora.init_adapter(base(), targeting(("c_attn",))))
     assert {path[-3] for path in only} == {"c_attn"}
     same, other = (lora.init_adapter(base(), lora.Args(seed=seed)) for seed in (0, 1))
     first = [x["h.0"]["attn"]["c_attn"]["lora_A"]["kernel"] for x in (same, other)]
@@ -102,15 +105,11 @@ def test_an_adapter_has_the_shapes_of_its_layers():
     assert (first[0] != first[1]).any() and (first[0] != second).any()
 
 
-def ARGS_OF(targets, **changes):
-    return lora.Args(**({"lora_rank": 3, "lora_alpha": 5, "lora_targets": targets} | changes))
-
-
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", [("c_attn",), ("c_proj", "c_fc"), TARGETS], ids="-".join)
 def test_the_adapter_adds_its_product(targets, rslora):
     """x W + scale * x A B is what dpo.py's model computes with W + scale * A B."""
-    args = ARGS_OF(targets, rslora=rslora)
+    args = targeting(targets, rslora=rslora)
     adapter, scale = moved(args), 5 / math.sqrt(3) if rslora else 5 / 3
     by_hand = merged_by_hand(base(), adapter, scale)
     expected = logits_of(by_hand, dpo)
@@ -158,7 +157,7 @@ def test_the_policy_begins_as_the_reference():
 
 
 def test_the_gradient_is_that_of_dpo_by_the_chain_rule():
-    """dA = scale * dW B^T and dB = scale * A^T dW, of dpo.py's gradient dW at the merged weights."""
+    """dA = scale * dW B^T and dB = scale * A^T dW; dW is the gradient at the merged weights."""
     adapter, batch, scale = moved(), batch_of(), 5 / 3
 
     def loss_of(params):
@@ -185,7 +184,7 @@ def make_step(script, params, args):
 
 def test_only_a_and_b_are_trained():
     """They alone have moments, and a step moves them alone; with B = 0, A has no gradient yet."""
-    args = ARGS_OF(TARGETS, batch_size=4, micro_batch_size=2, warmup_steps=1, learning_rate=1e-2)
+    args = targeting(TARGETS, batch_size=4, micro_batch_size=2, warmup_steps=1, learning_rate=1e-2)
     adapter = lora.init_adapter(base(), args)
     state, optimizer = make_step(lora, adapter, args)
     paths = set(flatten_dict(adapter))
@@ -193,7 +192,7 @@ def test_only_a_and_b_are_trained():
     names = [[x.key for x in path if hasattr(x, "key")] for path, x in tensors if x.ndim]
     assert len(names) == 3 * len(paths) and {tuple(x) for x in names} == paths  # and mu, and nu
     before = jax.tree.map(np.array, base())
-    new, metrics = lora.train_step(state, batch_of(), base(), CONFIG, optimizer, args)
+    new, _ = lora.train_step(state, batch_of(), base(), CONFIG, optimizer, args)
     jax.tree.map(np.testing.assert_array_equal, base(), before)
     for path, x in flatten_dict(new.params).items():
         assert (x != flatten_dict(adapter)[path]).any() == (path[-2] == "lora_B")
@@ -271,7 +270,7 @@ def test_what_a_run_leaves(run, inputs):
     """A checkpoint of A and B alone; adapter/ and model/ are the same policy."""
     saved = load_file(run / "checkpoint.safetensors")
     assert all("lora_A" in name or "lora_B" in name for name, x in saved.items() if x.ndim)
-    config, params = lora.load_model(inputs / "lm")
+    _, params = lora.load_model(inputs / "lm")
     args = args_of(inputs, learning_rate=1e-2)
     adapter = lora.load_adapter(run / "adapter", lora.init_adapter(params, args), args)
     layer = adapter["h.0"]["attn"]["c_attn"]
