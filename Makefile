@@ -65,6 +65,7 @@ smoke: $(VENV)/ready  ## every script once, on a tiny model, in runs/smoke (unde
 	$(TRY) reward.py $(PAIRS) --num-generations 2 --run-dir $(SMOKE)/reward --overwrite
 	$(TRY) ppo.py $(ROLLOUTS) --steps 2 --run-dir $(SMOKE)/ppo --overwrite
 	$(TRY) dpo.py $(PAIRS) $(GOLD) --run-dir $(SMOKE)/dpo --overwrite
+	$(TRY) lora.py $(PAIRS) $(GOLD) --run-dir $(SMOKE)/lora --overwrite
 	$(TRY) grpo.py $(ROLLOUTS) --steps 2 --run-dir $(SMOKE)/grpo --overwrite
 	$(TRY) iterative_dpo.py $(ROLLOUTS) --rounds 2 --prompts-per-round 16 \
 	  --run-dir $(SMOKE)/iterative_dpo --overwrite

@@ -54,7 +54,7 @@ class Args:
     weight_decay: float = 0.0  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
     lora_rank: int = 8  # r, the columns of A and the rows of B
-    lora_alpha: int = 16  # x A B is scaled by alpha / r
+    lora_alpha: int = 64  # x A B is scaled by alpha / r
     rslora: bool = False  # scale by alpha / sqrt(r) (Kalajdzievski 2023), so that r may grow
     lora_targets: tuple[str, ...] = ("c_attn",)  # layers by name; others: c_proj c_fc
     adapter: str | None = None  # folder in PEFT's format: A and B to go on from
@@ -1327,9 +1327,9 @@ class RunFolder:
             self.events.write_event(Event(step=step + 1 if step else 0, session_log=begin))
             for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
                 self.events.write_event(Event(wall_time=time.time(), summary=summary))
-        size = sum(x.size for x in jax.tree.leaves(state.params))
+        size = f"{sum(x.size for x in jax.tree.leaves(state.params)):,} trained parameters"
         device = f"{jax.device_count()} {jax.default_backend()} ({jax.devices()[0].device_kind})"
-        print(f"model: {self.args['model'] or 'new'}, {size:,} parameters; device: {device}")
+        print(f"model: {self.args['model'] or 'new'}, {size}; device: {device}")
         print(f"run: {self.path}, steps {step} to {total_steps}; tensorboard --logdir {self.path}")
         self.bar = Progress()
         atexit.register(self.bar.stop)  # however the run ends, it gives the cursor back

@@ -13,6 +13,7 @@ from test_runs import REVIEWS, ROOT, metrics_of, open_embedded
 import dpo
 import grpo
 import iterative_dpo
+import lora
 import ppo
 import reward
 import sft
@@ -77,14 +78,15 @@ def test_reward_ranks_held_out_pairs(folder, sft_rows):
     assert after["eval/loss"] < 0.62 < before["eval/loss"]
 
 
-def test_dpo_learns_from_pairs(folder, sft_rows):
+@pytest.mark.parametrize("script", [dpo, lora], ids=lambda script: script.__name__)
+def test_dpo_learns_from_pairs(script, folder, sft_rows):
     """Held-out pairs are told apart, and what is written gets better, at a KL that stays small."""
     for split, count in (("train", 1500), ("test", 300)):
         lines = (folder / f"preferences_{split}.jsonl").read_text("utf-8").splitlines(True)
         (folder / f"pairs_{split}.jsonl").write_text("".join(lines[:count]), "utf-8")
     flags = {"batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 4, "beta": 0.1}
     flags |= {"eval_every": 1000, "max_completion_length": 40, "gold": SENTIMENT}
-    before, *_, after = train(dpo, folder, "dpo", "pairs", **flags)
+    before, *_, after = train(script, folder, script.__name__, "pairs", **flags)
     assert before["eval/rewards/margins"] == 0 and abs(before["eval/objective/kl"]) < 1e-3
     assert after["eval/rewards/accuracies"] > 0.57 and after["eval/rewards/margins"] > 0.03
     assert after["eval/objective/kl"] < 6

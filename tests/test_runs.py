@@ -296,7 +296,7 @@ def test_what_a_run_prints(script, runs, inputs):
     assert lines[1].startswith("data: ") and args.dataset in lines[1]
     assert lines[1].endswith(f"held out: 12 of {args.eval_dataset}")
     model, where = (next(x for x in lines if x.startswith(word)) for word in ("model:", "run:"))
-    assert re.fullmatch(r"model: \S+, [\d,]+ parameters; device: 8 cpu \(.*\)", model)
+    assert re.fullmatch(r"model: \S+, [\d,]+ trained parameters; device: 8 cpu \(.*\)", model)
     assert where == f"run: run, steps 0 to {len(rows) - 1}; tensorboard --logdir run"
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == [f"{i}/{len(rows) - 1}" for i in range(len(rows))]
