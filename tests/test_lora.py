@@ -45,7 +45,7 @@ def targeting(targets, **changes):
 def base():
     """Parameters of a random model, with biases that are not 0."""
     one = jnp.ones((1, 1), jnp.int32)
-    params = dpo.GPT2(CONFIG).init(jax.random.key(0), one, one)["params"]
+    params = jax.jit(dpo.GPT2(CONFIG).init)(jax.random.key(0), one, one)["params"]
     return noisy(params, 1, 0.2)
 
 
@@ -177,16 +177,12 @@ def test_the_gradient_is_that_of_dpo_by_the_chain_rule():
         np.testing.assert_allclose(dB, scale * A.T @ dW, rtol=1e-4, atol=1e-5)
 
 
-def make_step(script, params, args):
-    optimizer, _ = script.make_optimizer(args, 10)
-    return script.make_state(params, optimizer), optimizer
-
-
 def test_only_a_and_b_are_trained():
     """They alone have moments, and a step moves them alone; with B = 0, A has no gradient yet."""
     args = targeting(TARGETS, batch_size=4, micro_batch_size=2, warmup_steps=1, learning_rate=1e-2)
     adapter = lora.init_adapter(base(), args)
-    state, optimizer = make_step(lora, adapter, args)
+    optimizer, _ = lora.make_optimizer(args, 10)
+    state = lora.make_state(adapter, optimizer)
     paths = set(flatten_dict(adapter))
     tensors = jax.tree.leaves_with_path(state)
     names = [[x.key for x in path if hasattr(x, "key")] for path, x in tensors if x.ndim]
@@ -219,14 +215,17 @@ def test_no_gradient_of_the_base_is_computed():
     """No product in the step has the size of a kernel or of the table of tokens; dpo.py's has."""
     config = lora.GPT2Config(vocab_size=41, n_positions=24, n_embd=22, n_layer=1, n_head=2)
     one = jnp.ones((1, 1), jnp.int32)
-    params = dpo.GPT2(config).init(jax.random.key(0), one, one)["params"]
+    params = jax.eval_shape(dpo.GPT2(config).init, jax.random.key(0), one, one)["params"]
     weights = {x.size for path, x in flatten_dict(params).items() if path[-1] == "kernel"}
     weights.add(41 * 22)
     sizes = {}
     for script in (dpo, lora):
         args = script.Args(batch_size=4, micro_batch_size=2)
-        trained = params if script is dpo else lora.init_adapter(params, ARGS)
-        state, optimizer = make_step(script, trained, args)
+        trained = params
+        if script is lora:
+            trained = jax.eval_shape(functools.partial(lora.init_adapter, args=ARGS), params)
+        optimizer, _ = script.make_optimizer(args, 10)
+        state = script.TrainState(trained, jax.eval_shape(optimizer.init, trained))
         more = () if script is dpo else (params,)
         static = {"config": config, "optimizer": optimizer, "args": args}
         step = functools.partial(script.train_step, **static)
