@@ -69,6 +69,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ has 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.flax
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 from work import memory
@@ -87,26 +88,34 @@ class Phase(NamedTuple):
     """A call of a jitted function, and what lies in memory meanwhile; all arrays are shapes."""
 
     name: str
-    function: object
+    function: object  # None: the state is written to a file
     arguments: tuple
     state: NamedTuple  # the script's TrainState
     models: tuple = ()  # parameters of others
 
 
-def parts(phase, analysis):
-    """{part: bytes} of a phase; analysis: memory_analysis() of its compiled function."""
-    resident = {id(x) for x in jax.tree.leaves((phase.state, phase.models))}
-    given = [x for x in jax.tree.leaves(phase.arguments) if id(x) not in resident]
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    trained = size(phase.state.params)
+def parts(phase, tpu=None):
+    """{part: bytes} of a phase."""
+    state, trained = size(phase.state), size(phase.state.params)
     gradients = trained if phase.name == "update" else 0  # for XLA they are temporary
     return {
         "parameters": trained,
-        "moments": size(phase.state) - trained,
+        "moments": state - trained,
         "gradients": gradients,
         "other models": size(phase.models),
-        "temporaries": size(given) + results + analysis.temp_size_in_bytes - gradients,
+        "temporaries": besides(phase, tpu) - gradients,
     }
+
+
+def besides(phase, tpu):
+    """Bytes that a phase needs besides its state and the other models."""
+    if phase.function is None:
+        return 2 * size(phase.state)  # the file's content, which safetensors copies once
+    analysis = lowered(phase, tpu).compile().memory_analysis()
+    resident = {id(x) for x in jax.tree.leaves((phase.state, phase.models))}
+    given = [x for x in jax.tree.leaves(phase.arguments) if id(x) not in resident]
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return size(given) + results + analysis.temp_size_in_bytes
 
 
 def size(tree):
@@ -118,9 +127,9 @@ def size(tree):
 # ------------------------------------------------------------- what each script does on the device
 
 
-def sft(args, model, script=sft_script, more=()):
+def sft(args, model, script=sft_script, more=(), samples=8):
     """The phases of sft.py, in the order of its main; so have all functions below."""
-    flags, config = flags_of(script, args), script.GPT2Config(**model)
+    flags, config = flags_of(script, args, model), script.GPT2Config(**model)
     state, optimizer = new_state(script, flags, parameters(script, config), *more)
     names = ("tokens", "mask", "loss_mask")
     batch, part = (
@@ -129,15 +138,15 @@ def sft(args, model, script=sft_script, more=()):
     )
     yield Phase("update", script.train_step, (state, batch, config, optimizer, flags), state)
     yield Phase("evaluation", script.eval_step, (state.params, part, config), state)
-    yield sampling(script, state.params, config, flags, 8, 1, state)
+    yield sampling(script, state.params, config, flags, samples, 1, state)
 
 
 def mixed_precision(args, model):
-    return sft(args, model | {"dtype": args.dtype}, mixed_precision_script, (65536.0,))
+    return sft(args, model | {"dtype": args.dtype}, mixed_precision_script, (65536.0,), samples=128)
 
 
 def reward(args, model, script=reward_script):
-    flags, config = flags_of(script, args), script.GPT2Config(**model)
+    flags, config = flags_of(script, args, model), script.GPT2Config(**model)
     start = parameters(script, config)  # writes the samples that the score is normalised on
     state, optimizer = new_state(script, flags, parameters(script, config, "RewardModel"))
     pairs = ints(flags.batch_size, 2, length(flags))
@@ -153,7 +162,7 @@ def reward(args, model, script=reward_script):
 
 
 def dpo(args, model, script=dpo_script):
-    flags, config = flags_of(script, args), script.GPT2Config(**model)
+    flags, config = flags_of(script, args, model), script.GPT2Config(**model)
     reference = parameters(script, config)
     state, optimizer = new_state(script, flags, reference)
     models = (reference,)
@@ -165,7 +174,7 @@ def dpo(args, model, script=dpo_script):
 
 
 def iterative_dpo(args, model, script=iterative_dpo_script):
-    flags, config = flags_of(script, args), script.GPT2Config(**model)
+    flags, config = flags_of(script, args, model), script.GPT2Config(**model)
     reference = parameters(script, config)
     models = (reference, *learned_reward(script, config, args))
     state, optimizer = new_state(script, flags, reference)
@@ -179,7 +188,7 @@ def iterative_dpo(args, model, script=iterative_dpo_script):
 
 
 def ppo(args, model, script=ppo_script):
-    flags, config = flags_of(script, args), script.GPT2Config(**model)
+    flags, config = flags_of(script, args, model), script.GPT2Config(**model)
     reference = parameters(script, config)
     models = (reference, *learned_reward(script, config, args))
     trained = {"policy": reference, "critic": parameters(script, config, "RewardModel")}
@@ -196,7 +205,7 @@ def ppo(args, model, script=ppo_script):
 
 
 def grpo(args, model, script=grpo_script, mesh=()):
-    flags, config = flags_of(script, args), script.GPT2Config(**model)
+    flags, config = flags_of(script, args, model), script.GPT2Config(**model)
     reference = parameters(script, config)
     models = (reference, *learned_reward(script, config, args))
     state, optimizer = new_state(script, flags, reference, False)
@@ -212,6 +221,11 @@ def sharded(args, model):
     """On one device; on many: benchmarks/sharding.py."""
     one = np.array(jax.devices()[:1]).reshape(1, 1, 1)
     return grpo(args, model, sharded_script, (Mesh(one, ("data", "fsdp", "tensor")),))
+
+
+BUILDERS = dict(
+    zip(SCRIPTS, (sft, reward, dpo, ppo, grpo, iterative_dpo, sharded, mixed_precision))
+)
 
 
 def rollout(script, params, config, flags, prompts, samples, state, models, *mesh):
@@ -278,11 +292,18 @@ def key():
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def flags_of(script, args):
-    """The script's Args: its own defaults, but for what was given here."""
+def flags_of(script, args, model):
+    """The script's Args: its own defaults, but for what was given here; micro-batches that fit."""
     names = {x.name for x in dataclasses.fields(script.Args)} & set(vars(args))
     given = {name: getattr(args, name) for name in names}
-    return script.Args(**{name: value for name, value in given.items() if value is not None})
+    flags = script.Args(**{name: value for name, value in given.items() if value is not None})
+    size = flags.batch_size // getattr(flags, "num_minibatches", 1)
+    micro = args.micro_batch_size or min(flags.micro_batch_size, size)
+    minibatch = f"a minibatch of {script.__name__}.py, {size} sequences or pairs"
+    script.check(size % micro == 0, f"--micro-batch-size {micro} does not divide {minibatch}")
+    tokens, positions = length(flags), model.get("n_positions", 1024)
+    script.check(tokens <= positions, f"{tokens} tokens, but the model has {positions} positions")
+    return dataclasses.replace(flags, micro_batch_size=micro)
 
 
 def length(flags):
@@ -324,28 +345,36 @@ def placed(sharding, x):
 
 
 def phases(args, name, script):
-    """[(name in the table, Phase)]: an update also with --remat."""
+    """[(name in the table, Phase)]: an update also with --remat; a checkpoint in host memory."""
     if name in SIZES:
         model = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[name]))
     else:
         config = sft_script.load_config(sft_script.find_model(name))
         model = vars(config) | {"eos_token_id": -1}
-    build = globals()[script]
+    build = BUILDERS[script]
     found = [(phase.name, phase) for phase in build(args, model)]
     again = [x for x in build(args, model | {"remat": True}) if x.name == "update"]
-    return found + [("update, --remat", phase) for phase in again]
+    found += [("update, --remat", phase) for phase in again]
+    if jax.default_backend() == "cpu" and not args.tpu and script != "sharded":  # which has Orbax
+        state, models = again[0].state, again[0].models
+        found.append(("checkpoint", Phase("checkpoint", None, (), state, models)))
+    return found
 
 
 def run(args, name, script, title):
     """The peak in bytes of one real call: the device's, or this process's without its start."""
     phase = dict(phases(args, name, script))[title]
-    program = lowered(phase, None).compile()
+    program = phase.function and lowered(phase, None).compile()
     before = memory("VmRSS")
     shapes = [x for x in jax.tree.leaves(phase[2:]) if isinstance(x, jax.ShapeDtypeStruct)]
     real = {id(x): real_array(x) for x in shapes}
-    given = jax.tree.map(lambda x: real.get(id(x), x), phase.arguments)
-    given = [x for x, shape in zip(given, phase.arguments) if size(shape)]  # no static ones
-    jax.block_until_ready(program(*given))
+    if program:
+        given = jax.tree.map(lambda x: real.get(id(x), x), phase.arguments)
+        given = [x for x, shape in zip(given, phase.arguments) if size(shape)]  # no static ones
+        jax.block_until_ready(program(*given))
+    else:
+        tensors = {str(i): real[id(x)] for i, x in enumerate(jax.tree.leaves(phase.state))}
+        safetensors.flax.save(tensors)
     statistics = jax.devices()[0].memory_stats()
     return statistics["peak_bytes_in_use"] if statistics else 1e6 * (memory("VmHWM") - before)
 
@@ -364,7 +393,7 @@ def table(args, name):
     print(f"{name}, MB:", *lines, sep="\n", flush=True)
     for script in args.scripts:
         for title, phase in phases(args, name, script):
-            found = parts(phase, lowered(phase, args.tpu).compile().memory_analysis())
+            found = parts(phase, args.tpu)
             peaks[script, title] = sum(found.values())
             cells = [script, title, *(f"{x / 1e6:.0f}" for x in found.values())]
             cells.append(f"{peaks[script, title] / 1e6:.0f}")

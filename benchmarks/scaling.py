@@ -36,16 +36,16 @@ PAGE = HERE.parent / "docs" / "scaling.md"
 MARKS = "<!-- benchmarks/scaling.py -->\n", "<!-- end -->\n"
 BASE = Shape(4, 4, 128, 512, 2048, batch=16, prompt=16, new=48)
 AXES = {
-    "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "batch": (1, 4, 16, 64, 256),
     "length": (32, 64, 128, 256, 512, 1024),
     "width": (32, 64, 128, 256, 512, 1024),
-    "depth": (1, 2, 4, 8, 16, 32),
+    "depth": (1, 2, 4, 8, 16),
     "vocabulary": (256, 1024, 4096, 16384, 65536),
 }
 LINEAR = 0.8, 1.2  # exponents that count as linear
 MESHES = {
-    "data": [(n, 1, 1) for n in (1, 2, 4, 8, 16, 32, 64)],
-    "fsdp": [(1, n, 1) for n in (1, 2, 4, 8, 16, 32, 64)],
+    "data": [(n, 1, 1) for n in (1, 2, 8, 32)],
+    "fsdp": [(1, n, 1) for n in (1, 2, 8, 32)],
     "tensor": [(1, 1, n) for n in (1, 2, 4, 12)],
 }
 

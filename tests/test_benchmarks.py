@@ -31,7 +31,7 @@ def figures(args, script, title):
     """(parts of a phase, memory_analysis() of its function as compiled here)."""
     phase = dict(memory.phases(args, args.models[0], script))[title]
     analysis = memory.lowered(phase, tpu=None).compile().memory_analysis()
-    return memory.parts(phase, analysis), analysis
+    return memory.parts(phase), analysis
 
 
 def test_a_step_of_sft(args):
