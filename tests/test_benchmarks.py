@@ -75,6 +75,7 @@ def test_samples_at_once_are_bounded(args):
 def test_every_phase_is_a_call_that_the_script_understands(args, script):
     names = []
     for title, phase in memory.phases(args, args.models[0], script):
-        memory.lowered(phase, tpu=None)
+        if phase.function:  # none for a checkpoint
+            memory.lowered(phase, tpu=None)
         names.append(title)
     assert {"update", "update, --remat"} < set(names)
