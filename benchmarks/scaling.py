@@ -33,7 +33,6 @@ from work import Shape
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "scaling.md"
-MARKS = "<!-- benchmarks/scaling.py -->\n", "<!-- end -->\n"
 BASE = Shape(4, 4, 128, 512, 2048, batch=16, prompt=16, new=48)
 AXES = {
     "batch": (1, 4, 16, 64, 256),
@@ -277,17 +276,26 @@ def in_a_process(function, *given):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def write(axis, text):
+    """Replaces the table of an axis in the page."""
+    begin, end = f"<!-- {axis}: benchmarks/scaling.py -->\n", "<!-- end -->\n"
+    before, found, rest = PAGE.read_text("utf-8").partition(begin)
+    assert found and end in rest, f"{PAGE} lacks the two comments around the table of {axis}"
+    PAGE.write_text(before + begin + text + end + rest.partition(end)[2], "utf-8")
+
+
 def main(args):
-    measured = {x: in_a_process("measure", x, args.rounds) for x in AXES if x in args.axes}
-    text = "\n".join(axis_table(axis, found) for axis, found in measured.items())
-    if "devices" in args.axes:
-        text += "\n" + devices_table(in_a_process("measure_devices"))
-    print(text)
-    if args.write:
-        before, found, rest = PAGE.read_text("utf-8").partition(MARKS[0])
-        assert found and MARKS[1] in rest, f"{PAGE} lacks the two comments around the tables"
-        after = rest.partition(MARKS[1])[2]
-        PAGE.write_text(before + MARKS[0] + text + MARKS[1] + after, "utf-8")
+    measured = {}
+    for axis in args.axes:
+        if axis == "devices":
+            text = devices_table(in_a_process("measure_devices"))
+        else:
+            measured[axis] = in_a_process("measure", axis, args.rounds)
+            text = axis_table(axis, measured[axis])
+        print(text, flush=True)
+        if args.write:
+            write(axis, text)
+    if args.write and list(measured) == list(AXES):
         draw(measured, PAGE.with_suffix(".png"))
 
 
