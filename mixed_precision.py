@@ -328,6 +328,7 @@ def main(args):
     total_steps = len(batches)
     optimizer, schedule = make_optimizer(args, total_steps)
     state, start = run.start(make_state(params, optimizer, args.loss_scale), total_steps)
+    del params  # the state has its own copy
 
     def evaluate_and_sample(step):
         prompts = [row[0] for row in eval_rows[:128]]

@@ -1,7 +1,7 @@
 """Whole steps of the scripts, for run.py: each builder returns a function that makes one.
 
 A step is what the loop of the script's main does with one batch, without logging and evaluation;
-micro-batches have the script's default size.
+micro-batches have the script's default size, or `micro`. Without a `dtype` products are in float32.
 """
 
 import itertools
@@ -33,10 +33,9 @@ def initial(script, shape, module="GPT2", **flags):
     return config, jax.jit(getattr(script, module)(config).init)(KEY, one, one)["params"]
 
 
-def arguments(script, shape, **more):
-    """Args of the script, its default micro-batch cut to the batch."""
-    args = script.Args()
-    micro = min(args.micro_batch_size or shape.batch, shape.batch)
+def arguments(script, shape, micro=None, **more):
+    """Args of the script; without `micro`, its default micro-batch cut to the batch."""
+    micro = min(micro or script.Args().micro_batch_size, shape.batch)
     lengths = {"max_prompt_length": shape.prompt, "max_completion_length": shape.new}
     flags = {"learning_rate": LEARNING_RATE, "batch_size": shape.batch} | lengths | more
     return script.Args(**flags, micro_batch_size=micro)
@@ -56,8 +55,8 @@ def repeated(script, params, config, args, new_batch, *more):
     return step
 
 
-def sampling(shape, prompts=None, num_samples=1):
-    config, params = initial(sft_script, shape)
+def sampling(shape, prompts=None, num_samples=1, dtype="float32"):
+    config, params = initial(sft_script, shape, dtype=dtype)
     tokens = shape.tokens(prompts or shape.batch, shape.prompt)
     mask, steps = jnp.ones_like(tokens), itertools.count()
 
@@ -78,9 +77,9 @@ def texts(shape, answers):
     return [[prompt, *rest] for prompt, rest in zip(prompts, completions)]
 
 
-def sft(shape, script=sft_script, more=(), dtype="float32"):
+def sft(shape, script=sft_script, more=(), micro=None, dtype="float32"):
     config, params = initial(script, shape, dtype=dtype)
-    args, rows = arguments(script, shape), texts(shape, 1)
+    args, rows = arguments(script, shape, micro), texts(shape, 1)
 
     def new_batch():
         return script.make_batch(rows, shape.length, train_on_prompt=True)
@@ -88,9 +87,9 @@ def sft(shape, script=sft_script, more=(), dtype="float32"):
     return repeated(script, params, config, args, new_batch, *more)
 
 
-def mixed_precision(shape):
+def mixed_precision(shape, micro=None, dtype="bfloat16"):
     script = mixed_precision_script
-    return sft(shape, script, (float(script.Args().loss_scale),), "bfloat16")
+    return sft(shape, script, (float(script.Args().loss_scale),), micro, dtype)
 
 
 def reward_model(shape):
@@ -103,9 +102,9 @@ def reward_model(shape):
     return repeated(reward_script, params, config, args, new_batch)
 
 
-def dpo(shape, cached):
-    config, params = initial(dpo_script, shape)
-    args, rows = arguments(dpo_script, shape, nll_coef=0.0), texts(shape, 2)
+def dpo(shape, cached, micro=None, dtype="float32"):
+    config, params = initial(dpo_script, shape, dtype=dtype)
+    args, rows = arguments(dpo_script, shape, micro, nll_coef=0.0), texts(shape, 2)
     pairs = dpo_script.make_batch(rows, shape.length)
     known = jax.device_get(dpo_script.pair_logprobs(params, pairs, config)) if cached else None
 
@@ -133,12 +132,12 @@ def sampler(script, shape, config, args, num_samples, rewards):
     return sample
 
 
-def grpo(shape):
+def grpo(shape, micro=None, dtype="float32"):
     script = grpo_script
-    config, ref_params = initial(script, shape)
+    config, ref_params = initial(script, shape, dtype=dtype)
     flags = {"kl_in": "loss", "advantage": "group-std", "aggregation": "sequence"}
     flags |= {"num_generations": GROUP, "epochs": 1, "num_minibatches": 1}
-    args = arguments(script, shape, **flags)
+    args = arguments(script, shape, micro, **flags)
     rewards = script.Rewards([("reward", reward, 1.0)], None, None)
     sample = sampler(script, shape, config, args, GROUP, rewards)
     optimizer, _ = script.make_optimizer(args, 10_000)
@@ -156,11 +155,11 @@ def grpo(shape):
     return step
 
 
-def ppo(shape):
+def ppo(shape, micro=None, dtype="float32"):
     script = ppo_script
-    config, ref_params = initial(script, shape)
-    critic_config, critic = initial(script, shape, "RewardModel")
-    args = arguments(script, shape, epochs=PPO_EPOCHS, num_minibatches=1)
+    config, ref_params = initial(script, shape, dtype=dtype)
+    critic_config, critic = initial(script, shape, "RewardModel", dtype=dtype)
+    args = arguments(script, shape, micro, epochs=PPO_EPOCHS, num_minibatches=1)
     rewards = script.Rewards([], (critic_config, critic), None)
     sample = sampler(script, shape, config, args, 1, rewards)
     optimizer, _ = script.make_optimizer(args, 10_000)
@@ -180,11 +179,15 @@ def ppo(shape):
     return step
 
 
-def product(shape, dtype):
+def product(shape, dtype, size=PRODUCT):
     """The machine's matrix product, summed in float32: the peak that shares are taken of."""
-    x = jax.random.normal(KEY, (PRODUCT, PRODUCT)).astype(dtype)
+    x = jax.random.normal(KEY, (size, size)).astype(dtype)
     multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
     return lambda: jax.block_until_ready(multiply(x))
+
+
+def device_peak():
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 if __name__ == "__main__":
@@ -198,5 +201,6 @@ if __name__ == "__main__":
             "grpo": grpo,
             "ppo": ppo,
             "product": product,
-        }
+        },
+        device_peak=device_peak,
     )

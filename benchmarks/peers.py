@@ -18,6 +18,7 @@ import transformers
 
 torch.manual_seed(0)
 KINDS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def config(shape):
@@ -62,27 +63,33 @@ def dataset(shape, *answers, count=None):
     return Dataset.from_dict(columns)
 
 
-def generate(shape):
-    model = language_model(shape).eval()
-    tokens = torch.tensor(shape.tokens(shape.batch, shape.prompt).astype("int64"))
+def wait_for_device():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def generate(shape, dtype="float32"):
+    model = language_model(shape).eval().to(DEVICE, KINDS[dtype])
+    tokens = torch.tensor(shape.tokens(shape.batch, shape.prompt).astype("int64"), device=DEVICE)
     length = {"max_new_tokens": shape.new, "min_new_tokens": shape.new}
 
     def step():
         with torch.no_grad():
             mask = torch.ones_like(tokens)
             model.generate(tokens, attention_mask=mask, do_sample=True, top_k=0, **length)
+        wait_for_device()
 
     return step
 
 
 def sft(shape, micro, compiled=False, dtype="float32"):
     """The shortest loop that one would write in torch, with its fused optimizer."""
-    model = language_model(shape).train()
+    model = language_model(shape).train().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    tokens = torch.tensor(shape.tokens(shape.batch, shape.length).astype("int64"))
+    tokens = torch.tensor(shape.tokens(shape.batch, shape.length).astype("int64"), device=DEVICE)
 
     def loss_of(tokens):
-        with torch.autocast("cpu", KINDS[dtype], enabled=dtype != "float32"):
+        with torch.autocast(DEVICE, KINDS[dtype], enabled=dtype != "float32"):
             return model(tokens, labels=tokens, use_cache=False).loss
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
@@ -93,6 +100,7 @@ def sft(shape, micro, compiled=False, dtype="float32"):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        wait_for_device()
 
     return step
 
@@ -104,6 +112,7 @@ class Pause(transformers.TrainerCallback):
         self.pipe = pipe
 
     def on_step_end(self, *_, **__):
+        wait_for_device()
         self.pipe.done()
         self.pipe.wait()
 
@@ -130,22 +139,23 @@ def start_of(trainer):
     return start
 
 
-def common(shape, micro, **more):
+def common(shape, micro, dtype, **more):
     """Arguments of every trainer: AdamW, one norm, micro-batches, no logs and no files."""
     quiet = {"report_to": [], "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True}
     size = {"per_device_train_batch_size": micro}
     size["gradient_accumulation_steps"] = shape.batch // micro
-    arithmetic = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    arithmetic = {"bf16": dtype == "bfloat16", "use_cpu": DEVICE == "cpu"}
+    arithmetic |= {"gradient_checkpointing": False}
     endless = {"max_steps": 10**6, "output_dir": tempfile.mkdtemp()}
     return quiet | size | arithmetic | endless | {"learning_rate": LEARNING_RATE} | more
 
 
-def trl_sft(shape, micro):
+def trl_sft(shape, micro, dtype="float32"):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = [" ".join(row) for row in zip(*(dataset(shape, "completion")[:].values()))]
-    args = SFTConfig(**common(shape, micro, max_length=shape.length))
+    args = SFTConfig(**common(shape, micro, dtype, max_length=shape.length))
     data = Dataset.from_dict({"text": rows})
     words = tokenizer(shape)
     return start_of(
@@ -153,21 +163,21 @@ def trl_sft(shape, micro):
     )
 
 
-def trl_reward(shape, micro):
+def trl_reward(shape, micro, dtype="float32"):
     from trl import RewardConfig, RewardTrainer
 
-    args = RewardConfig(**common(shape, micro, max_length=shape.length))
+    args = RewardConfig(**common(shape, micro, dtype, max_length=shape.length))
     data = dataset(shape, "chosen", "rejected")
     return start_of(
         RewardTrainer(scorer(shape), args, train_dataset=data, processing_class=tokenizer(shape))
     )
 
 
-def trl_dpo(shape, micro, cached):
+def trl_dpo(shape, micro, cached, dtype="float32"):
     from trl import DPOConfig, DPOTrainer
 
     more = {"max_length": shape.length, "precompute_ref_log_probs": cached}
-    args = DPOConfig(**common(shape, micro, **more))
+    args = DPOConfig(**common(shape, micro, dtype, **more))
     data = dataset(shape, "chosen", "rejected")
     model, reference = language_model(shape), None if cached else language_model(shape)
     words = tokenizer(shape)
@@ -175,13 +185,13 @@ def trl_dpo(shape, micro, cached):
     return start_of(trainer)
 
 
-def trl_grpo(shape, micro):
+def trl_grpo(shape, micro, dtype="float32"):
     from trl import GRPOConfig, GRPOTrainer
 
     more = {"num_generations": GROUP, "max_completion_length": shape.new, "beta": 0.04}
     more |= {"loss_type": "grpo", "num_iterations": 1}
     more |= {"generation_kwargs": {"min_new_tokens": shape.new}}  # the tokenizer has an EOS
-    args = GRPOConfig(**common(shape, micro, **more))
+    args = GRPOConfig(**common(shape, micro, dtype, **more))
     data, words, folder = dataset(shape), tokenizer(shape), tempfile.mkdtemp()
     language_model(shape).save_pretrained(folder)  # this trainer wants a model with a name
     model = transformers.GPT2LMHeadModel.from_pretrained(folder)
@@ -189,13 +199,13 @@ def trl_grpo(shape, micro):
     return start_of(trainer)
 
 
-def trl_ppo(shape, micro):
+def trl_ppo(shape, micro, dtype="float32"):
     """TRL 1.12's: later versions have none. run.py puts that version in front of the path."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     more = {"num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": 1, "response_length": shape.new}
     more |= {"total_episodes": 10**6, "local_rollout_forward_batch_size": shape.batch}
-    args = PPOConfig(**common(shape, micro, num_sample_generations=0, **more))
+    args = PPOConfig(**common(shape, micro, dtype, num_sample_generations=0, **more))
     words = tokenizer(shape)
     ids = words(list(dataset(shape, count=16 * shape.batch)["prompt"]))["input_ids"]
     from datasets import Dataset
@@ -215,13 +225,22 @@ def trl_ppo(shape, micro):
     return start_of(trainer)
 
 
-def product(shape, dtype):
-    x = torch.randn(PRODUCT, PRODUCT).to(KINDS[dtype])
-    return lambda: x @ x
+def product(shape, dtype, size=PRODUCT):
+    x = torch.randn(size, size).to(DEVICE, KINDS[dtype])
+
+    def step():
+        x @ x
+        wait_for_device()
+
+    return step
+
+
+def device_peak():
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
 
 
 if __name__ == "__main__":
     builders = {"generate": generate, "sft": sft, "product": product}
     builders |= {"trl_sft": trl_sft, "trl_reward": trl_reward, "trl_dpo": trl_dpo}
     builders |= {"trl_grpo": trl_grpo, "trl_ppo": trl_ppo}
-    sys.exit(serve(builders, trainer_loop))
+    sys.exit(serve(builders, trainer_loop, device_peak))

@@ -7,11 +7,13 @@
     python benchmarks/run.py                               # ten minutes; a table
     python benchmarks/run.py --only sft sampling --rounds 5
     python benchmarks/run.py --write                       # also into RESULTS.md and docs/speed.png
+    benchmarks/gpu.sh                                      # on an NVIDIA card: installs, and --gpu
 
 Each contestant is a process of its own (ours.py, peers.py), so that libraries, thread pools and
 memory do not mix; all wait while one makes its step, and they take turns. A ratio is the peer's
 time by ours, of the medians. Share of the peak: model FLOPs a second over those of the library's
-own product of two matrices of 2 048 by 2 048, timed in the same run, in the same type.
+own product of two matrices of 2 048 by 2 048 (8 192 on a GPU), timed in the same run, in the same
+type. On a GPU the contestants of a row come one after the other: each wants the card's memory.
 """
 
 import datetime
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import tyro
 from tqdm import tqdm
-from work import GROUP, PPO_EPOCHS, PRODUCT, SHAPES
+from work import GROUP, PPO_EPOCHS, PRODUCT, PRODUCT_GPU, SHAPES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -45,6 +47,9 @@ class Args:
     rounds: int = 15  # steps of each contestant at the tiny shape; a third of it at 124M
     wait: bool = True  # at most ten minutes, until the machine is quiet
     write: bool = False  # the table into benchmarks/RESULTS.md, the picture to docs/speed.png
+    gpu: bool = False  # the rows for a GPU, in bfloat16, in place of all others
+    dry: bool = False  # these rows once, at the tiny shape, to try them without a GPU
+    minutes: float = 60.0  # no row begins later than this
 
 
 @dataclass(eq=False)
@@ -125,17 +130,50 @@ def rows():
     ]  # fmt: skip
 
 
+def gpu_rows(dry):
+    """SFT, DPO, GRPO and PPO steps and sampling at 124M and 774M, in bfloat16, one micro-batch."""
+    half = {"dtype": "bfloat16"}
+    for size in ("tiny",) if dry else ("124M", "774M"):
+        shape_name = "tiny" if dry else f"{size}, GPU"
+        shape = SHAPES[shape_name]
+        whole = half | {"micro": shape.batch}
+        B, pairs, T, R = shape.batch, 2 * shape.batch, shape.length, shape.new
+        decoded = shape.forward(B, R)
+        rollout = decoded + shape.forward(B, R)
+        for name, ours, peers, tokens, flops, work in [
+            ("sampling", {"name": "sampling"} | half,
+             {"transformers": {"name": "generate"} | half}, B * R, decoded,
+             "temperature 1; ours has weights in float32, transformers in bfloat16"),
+            ("sft", {"name": "mixed_precision"} | whole,
+             {"TRL": {"name": "trl_sft"} | half, "torch autocast": {"name": "sft"} | half},
+             B * T, 3 * shape.forward(B, T), "mixed_precision.py"),
+            ("dpo", {"name": "dpo", "cached": False} | whole,
+             {"TRL": {"name": "trl_dpo", "cached": False} | half}, pairs * T,
+             4 * shape.forward(pairs, R), "the reference's forward pass each step"),
+            ("grpo", {"name": "grpo"} | whole, {"TRL": {"name": "trl_grpo"} | half}, B * R,
+             rollout + 3 * shape.forward(B, R), f"{B // GROUP} prompts, {GROUP} completions each"),
+            ("ppo", {"name": "ppo"} | whole, {"TRL 1.12": {"name": "trl_ppo"} | half}, B * R,
+             rollout + 2 * shape.forward(B, 0)
+             + PPO_EPOCHS * 3 * (shape.forward(B, R) + shape.forward(B, 0)),
+             f"one rollout, {PPO_EPOCHS} steps of policy and critic"),
+        ]:  # fmt: skip
+            yield Row(f"bfloat16 {name}, {size}", shape_name, ours, peers, tokens, flops, work)
+
+
 class Contestant:
     """A process that makes one step whenever it is asked to."""
 
     def __init__(self, file, job):
         malloc = MALLOC_124M if job["shape"].startswith("124M") else MALLOC
         environment = {"GLIBC_TUNABLES": malloc} | os.environ
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # the first step is a cold one for all
+        # The first step is a cold one for all, unless this says otherwise.
+        environment.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
         environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
         if job["name"] == "trl_ppo":
             environment["PYTHONPATH"] = str(ROOT / ".venv-ppo")
         python = sys.executable
+        if file == "peers.py":  # torch for a GPU wants other CUDA libraries than JAX
+            python = os.environ.get("PEERS_PYTHON", python)
         if file == "peer_tunix.py":
             python = str(ROOT / ".venv-tunix" / "bin" / "python")
             if not Path(python).exists():
@@ -175,6 +213,21 @@ def file_of(name):
     return "peer_tunix.py" if name.startswith("tunix") else "peers.py"
 
 
+def one_after_another(row, rounds):
+    """As `contest`, but each contestant ends before the next begins."""
+    found = {}
+    for name, job in {"ours": row.ours, **row.peers}.items():
+        try:
+            more = {"micro": row.ours["micro"]} if "micro" in row.ours else {}
+            found[name] = Contestant(file_of(name), more | job | {"shape": row.shape})
+            for _ in range(rounds + 2):
+                found[name].step()
+            found[name].close()
+        except RuntimeError as error:  # also where the card's memory is too small
+            found[name] = str(error)
+    return found
+
+
 def contest(row, rounds):
     """{name: Contestant} after `rounds` timed steps each, or an error's text in its place."""
     found = {"ours": Contestant("ours.py", row.ours | {"shape": row.shape})}
@@ -199,15 +252,16 @@ def contest(row, rounds):
     return found
 
 
-def measure_peaks(rounds):
+def measure_peaks(rounds, size):
     """{(file, dtype): FLOPs a second} of a matrix product."""
     jobs = [(file, dtype) for file in ("ours.py", "peers.py") for dtype in ("float32", "bfloat16")]
     found = {}
     for file, dtype in jobs:
-        contestant = Contestant(file, {"name": "product", "shape": "tiny", "dtype": dtype})
+        job = {"name": "product", "shape": "tiny", "dtype": dtype, "size": size}
+        contestant = Contestant(file, job)
         for _ in range(rounds + 2):
             contestant.step()
-        found[file, dtype] = 2 * PRODUCT**3 / contestant.median()
+        found[file, dtype] = 2 * size**3 / contestant.median()
         contestant.close()
     return found
 
@@ -225,7 +279,8 @@ def line(row, name, contestant, ours, peaks):
     dtype = "bfloat16" if row.name.startswith("bfloat16") and name != "sft.py" else "float32"
     peak = peaks["peers.py" if file_of(name) == "peers.py" else "ours.py", dtype]
     seconds, timed = contestant.median(), contestant.seconds[2:]
-    ratio = "" if name == "ours" else f"**{seconds / ours.median():.2f}**"
+    alone = name == "ours" or isinstance(ours, str)
+    ratio = "" if alone else f"**{seconds / ours.median():.2f}**"
     shown = f"{1e3 * seconds:.0f} ({1e3 * min(timed):.0f}-{1e3 * max(timed):.0f})"
     share = f"{100 * row.flops / seconds / peak:.0f} %"
     first = f"{contestant.seconds[0]:.1f}"
@@ -272,14 +327,22 @@ def draw(results, path):
 
 
 def main(args):
-    chosen = [row for row in rows() if row.name.startswith(args.only or ("",))]
+    started = time.monotonic()
+    every = gpu_rows(args.dry) if args.gpu else rows()
+    chosen = [row for row in every if row.name.startswith(args.only or ("",))]
     if args.wait:
         wait_until_quiet()
-    peaks, results = measure_peaks(args.rounds), {}
+    peaks = measure_peaks(args.rounds, PRODUCT_GPU if args.gpu and not args.dry else PRODUCT)
+    results, take_turns = {}, one_after_another if args.gpu else contest
     for row in tqdm(chosen):
-        results[row] = contest(
-            row, max(args.rounds if row.shape == "tiny" else args.rounds // 3, 1)
-        )
+        if time.monotonic() - started > 60 * args.minutes:
+            print(f"no time left for {row.name}")
+            continue
+        rounds = args.rounds if args.gpu or row.shape == "tiny" else max(args.rounds // 3, 1)
+        results[row] = take_turns(row, rounds)
+        if args.gpu:
+            for name, x in results[row].items():
+                print(line(row, name, x, results[row]["ours"], peaks), flush=True)
     text = table(results, peaks)
     print(text)
     if args.write:

@@ -41,18 +41,19 @@ def place(x, sharding):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def compile_train_step(size, devices):
-    """(compiled train_step, number of parameters) of a GPT-2 on a mesh (1, devices, 1)."""
+def compile_train_step(size, shape, rows):
+    """(compiled train_step of so many rows, number of parameters) of a GPT-2 on a mesh."""
     layers, heads, width = SIZES[size]
     config = sharded.GPT2Config(n_layer=layers, n_head=heads, n_embd=width, remat=True)
     args = sharded.Args(
-        batch_size=devices,
-        micro_batch_size=devices,
+        batch_size=rows,
+        micro_batch_size=rows,
         num_minibatches=1,
         epochs=1,
         max_completion_length=NEW,
     )
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, -1, 1), ("data", "fsdp", "tensor"))
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"))
     optimizer, _ = sharded.make_optimizer(args, 100)
 
     def new_state():
@@ -61,8 +62,8 @@ def compile_train_step(size, devices):
         return sharded.make_state(params, optimizer, ref_moves=False)
 
     def new_batch():
-        tokens = jnp.zeros((devices, PROMPT + NEW), jnp.int32)
-        logprobs, scores = jnp.zeros((devices, NEW)), jnp.zeros(devices)
+        tokens = jnp.zeros((rows, PROMPT + NEW), jnp.int32)
+        logprobs, scores = jnp.zeros((rows, NEW)), jnp.zeros(rows)
         shared = {"tokens": tokens, "mask": tokens, "response_mask": logprobs}
         return shared | {"logprobs": logprobs, "ref_logprobs": logprobs, "advantages": scores}
 
@@ -79,7 +80,7 @@ def memory_table():
     print("|---|---|---|---|---|---|")
     for size in SIZES:
         for devices in (1, 2, 4, 8, 16, 32, 64):
-            compiled, parameters = compile_train_step(size, devices)
+            compiled, parameters = compile_train_step(size, (1, devices, 1), devices)
             memory = compiled.memory_analysis()
             state, temporary = memory.alias_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
             row = [size, f"{parameters / 1e6:.1f} M", devices, f"{state:.1f}"]

@@ -16,6 +16,7 @@ GROUP = 4  # completions to one prompt in GRPO
 PPO_EPOCHS = 4  # optimizer steps on one rollout
 LEARNING_RATE = 1e-4
 PRODUCT = 2048  # rows and columns of the matrices whose product is the measured peak
+PRODUCT_GPU = 8192
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,13 @@ class Shape:
 
 
 GPT2 = (12, 12, 768, 50257, 1024)
+GPT2_LARGE = (36, 20, 1280, 50257, 1024)
 SHAPES = {
     "tiny": Shape(4, 4, 128, 512, 128, batch=64, prompt=16, new=48),
     "124M": Shape(*GPT2, batch=4, prompt=64, new=64),
     "124M, sampling": Shape(*GPT2, batch=8, prompt=16, new=48),
+    "124M, GPU": Shape(*GPT2, batch=32, prompt=64, new=192),
+    "774M, GPU": Shape(*GPT2_LARGE, batch=16, prompt=64, new=192),
 }
 
 
@@ -75,9 +79,13 @@ def memory(field):
 
 
 class Pipe:
-    """run.py's end of the line: it asks for a step and is told how long it took."""
+    """run.py's end of the line: it asks for a step and is told how long it took.
 
-    def __init__(self):
+    device_peak() -> the most bytes so far on a device with memory of its own; else 0.
+    """
+
+    def __init__(self, device_peak):
+        self.device_peak = device_peak
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a library prints must not come between the answers
         self.before = memory("VmRSS")  # with the libraries, without models and data
@@ -93,7 +101,8 @@ class Pipe:
 
     def done(self):
         seconds = time.perf_counter() - self.started
-        self.tell(seconds=seconds, megabytes=memory("VmHWM") - self.before)
+        on_device = self.device_peak() / 1e6
+        self.tell(seconds=seconds, megabytes=on_device or memory("VmHWM") - self.before)
 
 
 def repeat(step, pipe):
@@ -103,9 +112,9 @@ def repeat(step, pipe):
         pipe.done()
 
 
-def serve(builders, loop=repeat):
+def serve(builders, loop=repeat, device_peak=lambda: 0):
     """The main program of ours.py and peers.py; argv[1] is {"name", "shape", more arguments}."""
-    pipe = Pipe()
+    pipe = Pipe(device_peak)
     job = json.loads(sys.argv[1])
     try:
         step = builders[job.pop("name")](SHAPES[job.pop("shape")], **job)
