@@ -534,6 +534,14 @@ FLAGS = [  # scripts, changes, what the message says
     ),
     ([ppo], {"rollout_batch_size": 3}, "--rollout-batch-size does not divide --batch-size 8"),
     (GRPO, {"num_generations": 3}, "--num-generations 3 .*--batch-size 8"),
+    (GRPO, {"oversample": 0}, "--oversample must be from 1"),
+    (GRPO, {"oversample": 7}, "takes 28 prompts .*--oversample.*has 24"),
+    (GRPO, {"eval_generations": 0}, "--eval-generations must be from 1"),
+    (
+        GRPO,
+        {"eval_generations": 3, "rollout_batch_size": 8},
+        "--eval-generations 3 does not divide --rollout-batch-size 8",
+    ),
     # Drawn labels are of two; pairs that fill no batch would have been sampled for nothing.
     ([iterative_dpo], {"num_generations": 3}, "--num-generations must be 2.*--pair best-worst"),
     ([iterative_dpo], {"prompts_per_round": 20}, "--batch-size .*--prompts-per-round 20"),
@@ -548,6 +556,8 @@ FLAGS = [  # scripts, changes, what the message says
     (SAMPLERS, {"reward": (f"{ROOT}/rewards.py:GOOD",)}, "rewards.py has no function GOOD"),
     (SAMPLERS, {"reward_weight": (1.0,)}, "0 times --reward, but 1 times --reward-weight"),
     (SAMPLERS, {"reward_model": None} | LOGGED, "every --reward-weight is 0"),
+    # Known with the first evaluation, when the run has begun: so this is the last.
+    (SAMPLERS, {"keep_best": "gold/rewards"}, "--keep-best must be one of reward, .*objective/kl"),
 ]
 
 
