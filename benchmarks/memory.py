@@ -412,8 +412,9 @@ def row(cells):
 
 def largest(peaks, script):
     """The peak of a script in GB, and the phase that has it."""
-    peak, title = max((x, title) for (name, title), x in peaks.items() if name == script)
-    return f"{peak / 1e9:.1f} ({title})"
+    own = {title: x for (name, title), x in peaks.items() if name == script}
+    title = max(own, key=own.get)
+    return f"{own[title] / 1e9:.1f} ({title})"
 
 
 def main(args):
