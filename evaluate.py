@@ -588,7 +588,7 @@ def describe_best_of_n(ref):
     """Rows of the best of n = 1, 2, 4, … of the reference's samples, by gold and by reward."""
     N, rows = ref.kl.shape[1], []
     for n in (2**i for i in range(N.bit_length())):
-        row = {"n": str(n), "kl_bound": best_of_n_kl_bound(n)}
+        row = {"n": n, "kl_bound": best_of_n_kl_bound(n)}
         if ref.gold is not None:
             row["gold"] = mean_and_interval(best_of_n(ref.gold, n)[0])
         if ref.reward is not None:
@@ -616,6 +616,8 @@ def check_args(args):
     there = not drawing or importlib.util.find_spec("matplotlib") is not None
     check(there, "--plot and --report need matplotlib: pip install matplotlib")
     check(not args.judge or args.judge_name, "--judge needs --judge-name, the model to ask for")
+    url = not args.judge or re.match("https?://", args.judge)
+    check(url, f"--judge must be a URL such as http://localhost:8000/v1, not {args.judge}")
     for place in filter(None, (args.plot, args.report and f"{args.report}/report.md")):
         with ppo.file_access(place):
             Path(place).parent.mkdir(parents=True, exist_ok=True)
@@ -676,6 +678,22 @@ def encode_texts(tokenizer, eos_id, prompts, texts):
     return [[*(encode(q) or [eos_id]), *encode(t), eos_id] for q, t in zip(prompts, texts)]
 
 
+def read_pairs(path, bench):
+    """(rows, token ids of chosen and rejected by turns) of the pairs that the reward model takes."""
+    rows = ppo.read_jsonl(path, ["prompt", "chosen", "rejected"])
+    prompts = [row["prompt"] for row in rows for _ in range(2)]
+    answers = [row[name] for row in rows for name in ("chosen", "rejected")]
+    ids = encode_texts(bench.tokenizer, bench.eos_id, prompts, answers)
+    limit = bench.reward[0].n_positions
+    fits = [max(map(len, ids[2 * i : 2 * i + 2])) <= limit for i in range(len(rows))]
+    longer = f"{fits.count(False)} of {len(rows)} pairs of {path} are longer than {limit} tokens"
+    check(any(fits), f"{longer}, the reward model's positions")
+    if not all(fits):
+        print(f"dropped: {longer}")
+    ids = [x for i, x in enumerate(ids) if fits[i // 2]]
+    return [row for row, kept in zip(rows, fits) if kept], ids
+
+
 def describe_reward_model(bench, ref, args):
     """(figures of the reward model, bins of its calibration): what the data let one know of it.
 
@@ -687,15 +705,12 @@ def describe_reward_model(bench, ref, args):
     score = functools.partial(score_ids, bench.reward, args.batch_size)
     beside = Path(args.dataset).with_name("preferences_test.jsonl")
     if args.preferences or beside.exists():
-        rows = ppo.read_jsonl(args.preferences or beside, ["prompt", "chosen", "rejected"])
-        answers = ["chosen", "rejected"]
-        rows = ppo.encode_rows(rows, answers, bench.tokenizer, bench.eos_id, args)
-        ids = [prompt + answer for _, (prompt, *both) in rows for answer in both]
+        rows, ids = read_pairs(args.preferences or beside, bench)
         chosen, rejected = score(ids).reshape(-1, 2).T
         margins = chosen - rejected
         if len(rows) > 1:
             figures["accuracy"] = mean_and_interval((np.sign(margins) + 1) / 2)
-        probability = [row.get("probability") for row, _ in rows]
+        probability = [row.get("probability") for row in rows]
         if None not in probability:
             probability = np.array(probability)
             figures["expected_accuracy"] = known_accuracy(margins, probability)
@@ -812,13 +827,11 @@ class Judge:
                 reason = f"(status {reply.status_code}: {' '.join(reply.text.split())[:200]})"
                 if reply.status_code != 429 and reply.status_code < 500:
                     break
-            except requests.ConnectionError:
-                reason = "(no connection)"
-            except requests.Timeout:
-                reason = f"(no answer in {self.timeout} seconds)"
             except (ValueError, KeyError, IndexError, TypeError):
                 reason = "(no chat completion came back)"
                 break
+            except requests.RequestException as error:  # no connection, no answer in time
+                reason = f"({type(error).__name__})"
         raise JudgeGaveUp(f"{self.url} does not judge {reason}")
 
     def ask(self, prompt, a, b):
@@ -852,7 +865,7 @@ def judge_by_endpoint(judge, prompts, texts, ref_texts):
                 orders.append((first, second))
     except JudgeGaveUp as error:
         print(f"note: after {len(wins)} pairs, {error}")
-    figures = {"judged": str(len(wins)), "unclear": str(unclear)}
+    figures = {"judged": len(wins), "unclear": unclear}
     if len(wins) > 1:
         figures["win_judge"] = mean_and_interval(wins)
         figures["judge_ties"] = float(np.mean([win == 0.5 for win in wins]))
@@ -943,7 +956,7 @@ def cells(rows):
     def cell(x):
         if isinstance(x, tuple):
             return f"{x[0]:.3f} ±{x[1]:.3f}" + ("" if all(x[2:]) else "*")
-        return x if isinstance(x, str) else f"{x:.3f}"
+        return f"{x:.3f}" if isinstance(x, float) else str(x)
 
     return [list(rows[0]), *([cell(x) for x in row.values()] for row in rows)]
 
@@ -1089,8 +1102,8 @@ def json_rows(results):
     def flat(row):
         plain = {}
         for name, x in row.items():
-            parts = dict(zip((name, f"{name}_ci", f"{name}_trusted"), np.atleast_1d(x).tolist()))
-            plain |= parts if isinstance(x, tuple) else {name: x}
+            parts = x if isinstance(x, tuple) else (x,)
+            plain |= dict(zip((name, f"{name}_ci", f"{name}_trusted"), parts))
         bad = [k for k, x in plain.items() if isinstance(x, float) and not math.isfinite(x)]
         return plain | dict.fromkeys(bad)  # JSON has no NaN
 

@@ -426,7 +426,7 @@ def test_a_run(folders, tmp_path, monkeypatch, capsys, run_folder):
     assert policy["J_best"] > policy["J_ref"]
     assert {row["of"] for row in kinds["frontier"]} == {"gold", "reward"}
     assert all(row["effective"] >= 5 for row in kinds["frontier"])
-    assert [row["n"] for row in kinds["best_of_n"]] == ["1", "2", "4", "8"]
+    assert [row["n"] for row in kinds["best_of_n"]] == [1, 2, 4, 8]
     assert kinds["best_of_n"][0]["gold"] == pytest.approx(kinds["frontier"][0]["gold"])
     (found,) = kinds["reward_model"]
     assert 0.5 < found["best_accuracy"] < 0.9 and 0 < found["accuracy"] < 1
@@ -477,6 +477,7 @@ def test_gold_alone_without_frontier(folders, monkeypatch, capsys):
         ({"report": "README.md/x"}, "README.md"),  # known before anything is sampled
         ({"models": ("{}/reward",)}, "is a reward model"),
         ({"judge": "http://127.0.0.1:9/v1"}, "--judge-name"),
+        ({"judge": "localhost:9", "judge_name": "x"}, "must be a URL"),
         ({"judge_model": "{}/ref"}, "not a reward model"),
     ],
 )
@@ -559,7 +560,7 @@ def test_a_judge_of_both_orders(endpoint):
     judge = evaluate.Judge(url + "/", "a model", 100)
     found = evaluate.judge_by_endpoint(judge, PROMPTS, TEXTS, REF_TEXTS)
     assert found["win_judge"][0] == 0.5 and found["judge_ties"] == 0.5
-    assert (found["judged"], found["unclear"], found["order_agrees"]) == ("4", "0", 1)
+    assert (found["judged"], found["unclear"], found["order_agrees"]) == (4, 0, 1)
     assert seen == [("/v1/chat/completions", "Bearer a key", "a model")] * 6
     # Two completions to a prompt: the first is judged.
     twice = evaluate.judge_by_endpoint(judge, ["p", "q"], ["aa", "", "bb", ""], ["a", "", "b", ""])
@@ -578,23 +579,23 @@ def test_a_busy_judge_is_asked_again_but_not_for_ever(endpoint, capsys):
     states = itertools.cycle([429, 503, 200])
     url, seen = endpoint(lambda a, b: (next(states), by_length(a, b)[1]))
     found = evaluate.judge_by_endpoint(evaluate.Judge(url, "x", 100), PROMPTS, TEXTS, REF_TEXTS)
-    assert found["judged"] == "4" and len(seen) == 18
+    assert found["judged"] == 4 and len(seen) == 18
     # 7 calls are enough for one pair, and the same text for nothing.
     seen.clear()
     found = evaluate.judge_by_endpoint(evaluate.Judge(url, "x", 7), PROMPTS, TEXTS, REF_TEXTS)
-    assert found["judged"] == "1" and len(seen) == 7
+    assert found["judged"] == 1 and len(seen) == 7
     assert "note: after 1 pairs, --judge-calls are used up" in capsys.readouterr().out
     for status, asked in ((503, 5), (401, 1)):
         url, seen = endpoint(lambda a, b, status=status: (status, ""))
         found = evaluate.judge_by_endpoint(evaluate.Judge(url, "x", 99), PROMPTS, TEXTS, REF_TEXTS)
-        assert found == {"judged": "0", "unclear": "0"} and len(seen) == asked
+        assert found == {"judged": 0, "unclear": 0} and len(seen) == asked
         assert f"status {status}" in capsys.readouterr().out
 
 
 def test_a_judge_without_a_verdict_and_one_that_is_absent(endpoint, capsys):
     url, _ = endpoint(lambda a, b: (200, "Both have their merits."))
     found = evaluate.judge_by_endpoint(evaluate.Judge(url, "x", 9), PROMPTS, TEXTS, REF_TEXTS)
-    assert (found["judged"], found["unclear"]) == ("1", "3") and "win_judge" not in found
+    assert (found["judged"], found["unclear"]) == (1, 3) and "win_judge" not in found
     judge = evaluate.Judge("http://127.0.0.1:9/v1", "x", 9)
-    assert evaluate.judge_by_endpoint(judge, PROMPTS, TEXTS, REF_TEXTS)["judged"] == "0"
-    assert "no connection" in capsys.readouterr().out
+    assert evaluate.judge_by_endpoint(judge, PROMPTS, TEXTS, REF_TEXTS)["judged"] == 0
+    assert "(ConnectionError)" in capsys.readouterr().out
