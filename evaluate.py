@@ -231,7 +231,9 @@ def self_bleu(texts):
 
 # ---------------------------------------------------------------------------- frontier and shares
 
-FEWEST = 5  # effective samples of the median prompt, down to which a frontier is trusted
+# Effective samples of the median prompt, down to which a frontier is trusted. There the frontier of
+# normally distributed rewards is 6 % too low (256 samples; tests/test_evaluate.py).
+FEWEST = 5
 
 
 def beta_grid(rewards, points=80):
@@ -612,15 +614,15 @@ def check_args(args):
     has_J = args.kl_coef is None or (args.kl_coef > 0 and args.reward_model)
     check(has_J, "--kl-coef must be above 0, and needs --reward-model: J is of the learned reward")
     check(args.frontier or not args.plot, "--plot draws the frontier, too: drop --no-frontier")
-    drawing = args.plot or args.report
-    there = not drawing or importlib.util.find_spec("matplotlib") is not None
-    check(there, "--plot and --report need matplotlib: pip install matplotlib")
     check(not args.judge or args.judge_name, "--judge needs --judge-name, the model to ask for")
     url = not args.judge or re.match("https?://", args.judge)
     check(url, f"--judge must be a URL such as http://localhost:8000/v1, not {args.judge}")
     for place in filter(None, (args.plot, args.report and f"{args.report}/report.md")):
         with ppo.file_access(place):
             Path(place).parent.mkdir(parents=True, exist_ok=True)
+    drawing = args.plot or args.report
+    there = not drawing or importlib.util.find_spec("matplotlib") is not None
+    check(there, "--plot and --report need matplotlib: pip install matplotlib")
 
 
 def load_bench(args):
@@ -679,7 +681,7 @@ def encode_texts(tokenizer, eos_id, prompts, texts):
 
 
 def read_pairs(path, bench):
-    """(rows, token ids of chosen and rejected by turns) of the pairs that the reward model takes."""
+    """(rows, ids of chosen and rejected by turns) of the pairs that the reward model can hold."""
     rows = ppo.read_jsonl(path, ["prompt", "chosen", "rejected"])
     prompts = [row["prompt"] for row in rows for _ in range(2)]
     answers = [row[name] for row in rows for name in ("chosen", "rejected")]
@@ -902,7 +904,7 @@ TABLES = {
     "judge": ["win_judge", "judge_ties", "judged", "unclear", "order_agrees", "prefers_first"],
 }
 SHARES = ["share_kl", "share_gold", "share_reward", "share_gold_of_best_reward"]
-J = ["kl_coef", "share_J", "J_ref", "J_best", "kl_of_best_J"]
+OBJECTIVE = ["kl_coef", "share_J", "J_ref", "J_best", "kl_of_best_J"]
 
 
 def make_tables(results):
@@ -922,7 +924,7 @@ def make_tables(results):
     if results.share_drawn:
         size = f"{len(results.share_drawn[0].kl)} prompts x {args.share_samples} completions"
         add(f"share of the most at its KL, {size}; *: too high", SHARES, results.figures)
-        add(f"share of the best J = reward - kl_coef KL, {size}", J, results.figures)
+        add(f"share of the best J = reward - kl_coef KL, {size}", OBJECTIVE, results.figures)
         tables += frontier_tables(results.curves)
         title = "best of n of the reference; kl_bound: at most this is its KL"
         tables.append((title, results.best_of_n))
@@ -994,8 +996,8 @@ def samples_of_prompt(results, i):
 
 def print_examples(results):
     """The first completion of every policy to the first prompts, with its scores."""
-    width = max(map(len, results.names))
-    for i, prompt in enumerate(results.prompts[: results.args.examples]):
+    args, width = results.args, max(map(len, results.names))
+    for i, prompt in enumerate(results.prompts[: args.examples]):
         print(f"\n{prompt}")
         for name, scores, text in samples_of_prompt(results, i):
             shown = "  ".join(f"{title} {x:>5}" for title, x in scores.items())

@@ -165,7 +165,7 @@ def test_effective_samples_bound_a_curve():
     kl, mean = curve.points.mean(axis=2)
     assert curve.trusted_kl == pytest.approx(math.log(256) - 2, abs=0.5)
     expected = np.sqrt(2 * kl[curve.trusted])
-    np.testing.assert_allclose(mean[curve.trusted][1:], expected[1:], atol=0.12)
+    np.testing.assert_allclose(mean[curve.trusted][1:], expected[1:], rtol=0.07, atol=0.01)
     assert (curve.effective[curve.trusted] >= 5).all() and curve.effective[-1] < 5
     # Of answers that are right or wrong the samples carry the whole curve.
     right = (np.random.default_rng(1).random((64, 256)) < 0.4).astype(float)
@@ -447,7 +447,7 @@ def test_right_and_wrong_answers(folders, tmp_path, monkeypatch, capsys):
         "    return [float(len(x) > 20) for x in completions]\n"
         "def none(prompts, completions, **_):\n    return [None] * len(completions)\n"
     )
-    changes = {"frontier": False, "reward_model": "", "samples_per_prompt": 4}
+    changes = {"reward_model": "", "samples_per_prompt": 4}
     args = small_args(folders, gold=f"{tmp_path}/gold.py:long", **changes)
     evaluate.main(args)
     printed = capsys.readouterr().out
@@ -580,10 +580,13 @@ def test_a_busy_judge_is_asked_again_but_not_for_ever(endpoint, capsys):
     url, seen = endpoint(lambda a, b: (next(states), by_length(a, b)[1]))
     found = evaluate.judge_by_endpoint(evaluate.Judge(url, "x", 100), PROMPTS, TEXTS, REF_TEXTS)
     assert found["judged"] == 4 and len(seen) == 18
-    # 7 calls are enough for one pair, and the same text for nothing.
-    seen.clear()
-    found = evaluate.judge_by_endpoint(evaluate.Judge(url, "x", 7), PROMPTS, TEXTS, REF_TEXTS)
-    assert found["judged"] == 1 and len(seen) == 7
+    # One pair takes 6 calls here, and one call is not enough for another pair.
+    for calls, asked in ((8, 8), (7, 6)):
+        seen.clear()
+        states = itertools.cycle([429, 503, 200])
+        judge = evaluate.Judge(url, "x", calls)
+        found = evaluate.judge_by_endpoint(judge, PROMPTS, TEXTS, REF_TEXTS)
+        assert found["judged"] == 1 and len(seen) == asked
     assert "note: after 1 pairs, --judge-calls are used up" in capsys.readouterr().out
     for status, asked in ((503, 5), (401, 1)):
         url, seen = endpoint(lambda a, b, status=status: (status, ""))
