@@ -51,7 +51,7 @@ def measure(folder, seed):
         texts = grpo.decode_responses(tokenizer, tokens, mask, 16, config.eos_token_id)
         golds.append(gold(asked, texts))
         models = (params, ref_params, (config, config))
-        kls.append(evaluate.sequence_kl(*models, tokens, mask, 16, 1.0))
+        kls.append(evaluate.sequence_measures(*models, tokens, mask, 16, 1.0)["kl"])
     return np.mean(np.concatenate(golds)), np.mean(np.concatenate(kls))
 
 

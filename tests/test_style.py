@@ -248,8 +248,8 @@ def test_the_first_loss_stands_near_the_top(name):
 
 @every_file
 def test_functions_are_short(name):
-    """60 lines, main 90; of evaluate.py's main no limit is set."""
-    limits = {"main": 90 if name in SCRIPTS else 1000}
+    """60 lines, main 90."""
+    limits = {"main": 90}
     lengths = [(x.name, x.end_lineno - x.lineno + 1) for x in functions(name)]
     assert not [(x, length) for x, length in lengths if length > limits.get(x, 60)]
 
