@@ -9,14 +9,17 @@ token, in place of ppo.py's critic, (5) go over the batch `epochs` times.
         --advantage group-std --aggregation sequence --kl-in loss
     Dr. GRPO (Liu et al. 2025)
         --advantage group --aggregation constant --kl-coef 0
-    DAPO (Yu et al. 2025), without its resampling and its penalty on length
+    DAPO (Yu et al. 2025)
         --advantage group-std --aggregation token --clip-eps-high 0.28
-        --kl-coef 0 --mask-truncated-completions
+        --kl-coef 0 --mask-truncated-completions --oversample 3
+        --reward YOURS --reward rewards.py:soft_overlong_punishment
     GSPO (Zheng et al. 2025), without its KL
         --advantage group-std --aggregation sequence --ratio-level sequence
         --clip-eps 3e-4 --clip-eps-high 4e-4 --kl-coef 0
     RLOO (Ahmadian et al. 2024)
         --advantage leave-one-out --epochs 1 --num-minibatches 1
+    pass@k of held-out prompts (Chen et al. 2021)
+        --eval-generations 16
 
 The defaults are Dr. GRPO's with k1 in the reward: its on-policy gradient is
 that of E[r] - kl_coef * KL, as in ppo.py. k3 in the loss has another fixed
@@ -61,6 +64,7 @@ class Args:
     steps: int = 100  # rollouts, each followed by epochs * num_minibatches updates
     batch_size: int = 128  # completions in one rollout
     num_generations: int = 8  # completions to one prompt: a group
+    oversample: int = 1  # times as many groups are sampled, to replace those without a spread
     epochs: int = 2  # passes over a rollout
     num_minibatches: int = 2  # updates in one pass
     micro_batch_size: int = 32  # sequences in one forward and backward pass of an update
@@ -92,6 +96,8 @@ class Args:
     temperature: float = 1.0  # of sampling, and of every log-probability
     log_every: int = 1  # steps between lines in metrics.jsonl
     eval_every: int = 20  # steps between evaluations on the held-out prompts
+    eval_generations: int = 1  # completions to each held-out prompt; from 2 on pass@k is logged
+    keep_best: str | None = None  # as gold/reward: the model with the highest goes to best/, too
     save_every: int = 10  # steps between checkpoints
 
 
@@ -237,6 +243,21 @@ def leave_one_out_advantage(rewards, group_size):
     advantages = group_relative_advantage(rewards, group_size, scale=False)
     counts = jnp.sum(~jnp.isnan(rewards.reshape(-1, group_size)), axis=1)  # [B / G]
     return advantages * jnp.repeat(counts / jnp.maximum(counts - 1, 1), group_size)
+
+
+def dynamic_sampling(scores, group_size, num_groups):
+    """DAPO's dynamic sampling (Yu et al. 2025, eq. 11): (rows to learn from, counts of groups).
+
+    scores [N], group by group. Of the first num_groups groups, those whose scores are all equal
+    are replaced by later ones with a spread, as far as there are any: shapes stay static. A score
+    of NaN is none.
+    """
+    groups = scores.reshape(-1, group_size)  # [N / G, G]
+    flat = ~(jnp.nanmax(groups, axis=1) > jnp.nanmin(groups, axis=1))
+    kept = jnp.sort(jnp.argsort(flat, stable=True)[:num_groups])  # those with a spread come first
+    rows = kept[:, None] * group_size + jnp.arange(group_size)  # [num_groups, G]
+    counts = {"groups/replaced": jnp.sum(kept >= num_groups), "groups/zero_std": flat[kept].sum()}
+    return rows.reshape(-1), counts
 
 
 def masked_mean(x, mask):
@@ -450,9 +471,31 @@ def describe(sampled, rows, texts, scores):
     return metrics, [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
+def pass_at_k(right, k):
+    """The chance that one of k completions is right, mean over prompts: right [P, n], 0 or 1.
+
+    1 - C(n - c, k) / C(n, k) with c right ones of n, which is not biased (Chen et al. 2021, eq. 1).
+    """
+    n = right.shape[1]
+    wrong = n - right.sum(axis=1).astype(int)  # [P]
+    return np.mean([1 - math.comb(w, k) / math.comb(n, k) for w in wrong])
+
+
+def pass_rates(samples, size):
+    """{"<score>/pass@k"}, k = 2, 4, … to `size` samples a prompt, of each score of only 0 and 1."""
+    metrics = {}
+    for name in (name for name in samples[0] if "/" in name):  # gold/reward, rewards/<name>
+        scores = np.array([x[name] for x in samples], float).reshape(-1, size)  # [P, size]
+        scores = scores[~np.isnan(scores).any(axis=1)]  # where it applies
+        if len(scores) and np.isin(scores, (0, 1)).all():
+            ks = 2 ** np.arange(1, size.bit_length())
+            metrics |= {f"{name}/pass@{k}": pass_at_k(scores, k) for k in ks}
+    return metrics
+
+
 @functools.partial(jax.jit, static_argnames="args")
 def make_experience(sampled, scores, args):
-    """What train_step learns from a Rollout and its scores [B]: (batch, metrics)."""
+    """What train_step learns from a Rollout and its scores [N]: (batch, metrics of all N)."""
     tokens, mask, response_mask, logprobs, ref_logprobs, ended = sampled
     group_size = args.num_generations
     # 3. The KL penalty of the whole sequence: part of the reward, so taken off before the baseline.
@@ -477,14 +520,20 @@ def make_experience(sampled, scores, args):
         "advantages": advantages,
     }
     known = ~jnp.isnan(scores)
-    groups = scores.reshape(-1, group_size)  # [B / G, G]
-    return batch, {
+    groups = scores.reshape(-1, group_size)  # [N / G, G]
+    metrics = {
         "objective/non_score_reward": masked_mean(-penalty, known),
         "objective/rlhf_reward": masked_mean(jnp.nan_to_num(scores) - penalty, known),
         "reward_std": jnp.nan_to_num(jnp.nanmean(jnp.nanstd(groups, axis=1, ddof=1))),
         # From such a group only the KL is learned. (Its std may differ from 0 by rounding.)
         "frac_reward_zero_std": (jnp.nanmax(groups, axis=1) == jnp.nanmin(groups, axis=1)).mean(),
     }
+    if args.oversample > 1:  # groups from which nothing is learned make room for others
+        counted = jnp.where(jnp.isnan(rewards), jnp.nan, scores)
+        rows, counts = dynamic_sampling(counted, group_size, args.batch_size // group_size)
+        batch = jax.tree.map(lambda x: x[rows], batch)
+        metrics |= counts
+    return batch, metrics
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -513,11 +562,13 @@ def main(args):
     check(args.batch_size % args.num_generations == 0, f"{groups} --batch-size {args.batch_size}")
     most = args.rollout_batch_size or 0
     check(most % args.num_generations == 0, f"{groups} --rollout-batch-size {most}")
+    held_out = f"--eval-generations {args.eval_generations} does not divide"
+    check(most % args.eval_generations == 0, f"{held_out} --rollout-batch-size {most}")
     sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size {args.micro_batch_size}"
     fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
     check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
-    size = args.batch_size // args.num_generations
-    fewer = f"a step takes {size} prompts (--batch-size / --num-generations)"
+    size = args.batch_size // args.num_generations * args.oversample
+    fewer = f"a step takes {size} prompts (--batch-size / --num-generations * --oversample)"
     check(size <= len(prompts), f"{fewer}, --dataset has {len(prompts)}")
 
     batches = prompt_batches(len(prompts), size, args.steps, args.seed)
@@ -536,8 +587,11 @@ def main(args):
         return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
-        *_, metrics, samples = sample(eval_prompts[:256], 1, "eval", step)
-        run.log_samples(step, samples[:8])
+        size = args.eval_generations
+        *_, metrics, samples = sample(eval_prompts[:256], size, "eval", step)
+        metrics |= pass_rates(samples, size)
+        run.log_samples(step, samples[::size][:8])
+        keep_best(run, step, metrics, config, state.params, args)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
@@ -1481,6 +1535,23 @@ class RunFolder:
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else "  # on your data"
         print(f"next: python {command} {self.path / 'model'}{more}")
+
+
+def keep_best(run, step, metrics, config, params, args):
+    """Writes best/, a model folder, where --keep-best is higher than at any evaluation before."""
+    if args.keep_best is None:
+        return
+    check(step or args.keep_best in metrics, f"--keep-best must be one of {', '.join(metrics)}")
+    value = float(metrics.get(args.keep_best, -math.inf))
+    file = run.path / "best.json"
+    best = read_json(file) if file.exists() else {"step": 0, "value": -math.inf}
+    if value > best["value"]:
+        best = {"metric": f"eval/{args.keep_best}", "step": step, "value": value}
+        save_model(run.path / "best", config, params, args.model)
+        write_file(file, json.dumps(best).encode())
+    if step == run.total_steps:
+        shown = f"{args.keep_best} {best['value']:.4g} at step {best['step']}"
+        print(f"best eval/{shown}; that model is {run.path / 'best'}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class Args:
     temperature: float = 1.0  # of sampling, and of the KL; the loss is at 1
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 50  # steps between evaluations on the held-out data
+    keep_best: str | None = None  # as gold/reward: the model with the highest goes to best/, too
     save_every: int = 1  # rounds between checkpoints
 
 
@@ -488,6 +489,7 @@ def main(args):
     def evaluate_and_sample(step):
         *_, metrics, samples = sample(eval_prompts[:256], 1, "eval", step)
         run.log_samples(step, samples[:8])
+        keep_best(run, step, metrics, config, state.params, args)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
@@ -500,8 +502,7 @@ def main(args):
             asked = [prompts[i] for i in picked]
             found = sample(asked, args.num_generations, "rollout", number)
             sampled, scores, round_metrics, _ = found
-            rows, ties = make_pairs(asked, sampled, scores, args.pair, rng)
-            round_metrics["pairs/ties"] = ties
+            rows, round_metrics["pairs/ties"] = make_pairs(asked, sampled, scores, args.pair, rng)
             # 4. The reference's log-probabilities.
             reference = ref_params if args.reference == "start" else state.params
             size = args.micro_batch_size
@@ -1455,6 +1456,23 @@ class RunFolder:
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else "  # on your data"
         print(f"next: python {command} {self.path / 'model'}{more}")
+
+
+def keep_best(run, step, metrics, config, params, args):
+    """Writes best/, a model folder, where --keep-best is higher than at any evaluation before."""
+    if args.keep_best is None:
+        return
+    check(step or args.keep_best in metrics, f"--keep-best must be one of {', '.join(metrics)}")
+    value = float(metrics.get(args.keep_best, -math.inf))
+    file = run.path / "best.json"
+    best = read_json(file) if file.exists() else {"step": 0, "value": -math.inf}
+    if value > best["value"]:
+        best = {"metric": f"eval/{args.keep_best}", "step": step, "value": value}
+        save_model(run.path / "best", config, params, args.model)
+        write_file(file, json.dumps(best).encode())
+    if step == run.total_steps:
+        shown = f"{args.keep_best} {best['value']:.4g} at step {best['step']}"
+        print(f"best eval/{shown}; that model is {run.path / 'best'}")
 
 
 if __name__ == "__main__":

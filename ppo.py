@@ -73,6 +73,7 @@ class Args:
     temperature: float = 1.0  # of sampling, and of every log-probability
     log_every: int = 1  # steps between lines in metrics.jsonl
     eval_every: int = 20  # steps between evaluations on the held-out prompts
+    keep_best: str | None = None  # as gold/reward: the model with the highest goes to best/, too
     save_every: int = 10  # steps between checkpoints
 
 
@@ -543,6 +544,7 @@ def main(args):
     def evaluate_and_sample(step):
         *_, metrics, samples = sample(eval_prompts[:256], "eval", step)
         run.log_samples(step, samples[:8])
+        keep_best(run, step, metrics, config, state.params["policy"], args)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
@@ -1486,6 +1488,23 @@ class RunFolder:
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else "  # on your data"
         print(f"next: python {command} {self.path / 'model'}{more}")
+
+
+def keep_best(run, step, metrics, config, params, args):
+    """Writes best/, a model folder, where --keep-best is higher than at any evaluation before."""
+    if args.keep_best is None:
+        return
+    check(step or args.keep_best in metrics, f"--keep-best must be one of {', '.join(metrics)}")
+    value = float(metrics.get(args.keep_best, -math.inf))
+    file = run.path / "best.json"
+    best = read_json(file) if file.exists() else {"step": 0, "value": -math.inf}
+    if value > best["value"]:
+        best = {"metric": f"eval/{args.keep_best}", "step": step, "value": value}
+        save_model(run.path / "best", config, params, args.model)
+        write_file(file, json.dumps(best).encode())
+    if step == run.total_steps:
+        shown = f"{args.keep_best} {best['value']:.4g} at step {best['step']}"
+        print(f"best eval/{shown}; that model is {run.path / 'best'}")
 
 
 if __name__ == "__main__":

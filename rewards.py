@@ -89,6 +89,18 @@ def repetition_penalty(prompts, completions, **_):
     return scores
 
 
+MAX_LENGTH, CACHE_LENGTH = 48, 12  # tokens: --max-completion-length, and how many of them cost
+
+
+def soft_overlong_punishment(prompts, completions, completion_ids, **_):
+    """0 up to MAX_LENGTH - CACHE_LENGTH tokens, then linearly down to -1 at MAX_LENGTH.
+
+    Yu et al. 2025, "DAPO", eq. 13, which has 20480 and 4096. EOS is one of the tokens.
+    """
+    lengths = [len(ids) for ids in completion_ids]
+    return [max(-1.0, min(0.0, (MAX_LENGTH - CACHE_LENGTH - n) / CACHE_LENGTH)) for n in lengths]
+
+
 def diversity_bonus(prompts, completions, **_):
     """1 - the mean similarity to the other completions of the same group; 0 for the only one.
 

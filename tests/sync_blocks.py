@@ -38,6 +38,7 @@ DIFFERENT_IN = {
     ("lora", "dense"): "a layer that adds its adapter's product, if there is one",
     ("sharded", "rollout"): "puts prompts on the mesh, and gathers the samples",
     ("sharded", "score"): "each process scores its share",
+    ("sharded", "keep_best"): "process 0 decides, and the weights are gathered",
     ("sharded", "RunFolder.__doc__"): "says who writes what",
     ("sharded", "RunFolder.__init__"): "a run may go on on another mesh; process 0 writes the logs",
     ("sharded", "RunFolder.start"): "reads a checkpoint with Orbax, each process its shards",

@@ -534,6 +534,19 @@ FLAGS = [  # scripts, changes, what the message says
     ),
     ([ppo], {"rollout_batch_size": 3}, "--rollout-batch-size does not divide --batch-size 8"),
     (GRPO, {"num_generations": 3}, "--num-generations 3 .*--batch-size 8"),
+    (GRPO, {"oversample": 0}, "--oversample must be from 1"),
+    (GRPO, {"oversample": 7}, "takes 28 prompts .*--oversample.*has 24"),
+    (GRPO, {"eval_generations": 0}, "--eval-generations must be from 1"),
+    (
+        GRPO,
+        {"eval_generations": 3, "rollout_batch_size": 8},
+        "--eval-generations 3 does not divide --rollout-batch-size 8",
+    ),
+    (
+        SAMPLERS,
+        {"keep_best": "gold/rewards", "overwrite": True},
+        "--keep-best must be one of .*reward, .*objective/kl",
+    ),
     # Drawn labels are of two; pairs that fill no batch would have been sampled for nothing.
     ([iterative_dpo], {"num_generations": 3}, "--num-generations must be 2.*--pair best-worst"),
     ([iterative_dpo], {"prompts_per_round": 20}, "--batch-size .*--prompts-per-round 20"),

@@ -570,6 +570,25 @@ def test_groups_without_a_spread_are_counted(size):
         assert metrics["frac_reward_zero_std"] == share
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_of_an_oversampled_rollout_the_groups_with_a_spread_are_trained_on(masked):
+    """The same rows of the same batch, and metrics of all of it. The last group's spread is one of
+    completions that are cut off: where these are masked it counts for none."""
+    sampled, scores = sample()
+    scores = scores.copy()
+    scores[:GROUP] = 0.5
+    scores[-GROUP:] = [1, 0, 0, 0]
+    sampled = sampled._replace(ended=np.arange(16) != 12)
+    changes = {"mask_truncated_completions": masked, "batch_size": 3 * GROUP}
+    whole, metrics = experience(grpo, make_args(grpo, **changes), sampled, scores)
+    args = make_args(grpo, **changes, oversample=2)
+    batch, found = experience(grpo, args, sampled, scores)
+    rows = slice(0, 12) if masked else slice(4, 16)  # masked, two are flat, and the first stays
+    assert_equal(batch, jax.tree.map(lambda x: x[rows], whole))
+    assert found.pop("groups/replaced") == 1 - masked and found.pop("groups/zero_std") == masked
+    assert_equal(found, metrics)
+
+
 # ------------------------------------------------------------------------------ iterative_dpo
 
 

@@ -6,6 +6,7 @@ Where optimising them leads is in test_optimum.py.
 import dataclasses
 import functools
 import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -842,6 +843,48 @@ def test_advantages_by_a_loop(float64, group_size, missing):
     ]
     close(found, expected)
     assert not np.array(found)[:, :group_size].any()
+
+
+NONE = np.nan
+GROUPS = [  # six of two, the rows of the three to learn from, how many are replaced, and left flat
+    ([[0, 1], [1, 1], [0, 2], [3, 0], [0, 1], [1, 0]], [0, 1, 4, 5, 6, 7], 1, 0),
+    ([[0, 0], [1, 1], [0, 0], [3, 3], [0, 1], [1, 1]], [0, 1, 2, 3, 8, 9], 1, 2),
+    ([[0, 1], [1, 0], [0, 2], [3, 0], [0, 1], [1, 0]], [0, 1, 2, 3, 4, 5], 0, 0),
+    ([[0, NONE], [NONE, NONE], [0, 2], [3, 0], [2, 2], [1, 0]], [4, 5, 6, 7, 10, 11], 2, 0),
+]
+
+
+@pytest.mark.parametrize("groups, rows, replaced, flat", GROUPS)
+def test_dynamic_sampling_by_hand(groups, rows, replaced, flat):
+    """A group with one score, or with none, has no spread."""
+    scores = np.array(groups, np.float32).reshape(-1)
+    found, counts = grpo.dynamic_sampling(scores, group_size=2, num_groups=3)
+    assert found.tolist() == rows
+    assert counts == {"groups/replaced": replaced, "groups/zero_std": flat}
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k():
+    right = np.array([[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]])
+    for k in range(1, 6):
+        chosen = [right[:, list(x)].any(axis=1) for x in itertools.combinations(range(5), k)]
+        assert grpo.pass_at_k(right, k) == pytest.approx(np.mean(chosen))
+    # As many as in the paper, where factorials would overflow: 1 - C(150, 100) / C(200, 100).
+    right = np.arange(200)[None] < 50
+    expected = 1 - math.prod((150 - i) / (200 - i) for i in range(100))
+    assert grpo.pass_at_k(right, 100) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_rates_are_of_scores_of_0_and_1():
+    """One prompt has no score, one has one right completion of five, one has two."""
+    right = [None] * 5 + [0.0, 0.0, 1.0, 0.0, 0.0] + [1.0, 0.0, 0.0, 1.0, 0.0]
+    samples = [
+        {"prompt": "0", "completion": "1", "reward": x, "rewards/f": x, "gold/reward": 0.5}
+        for x in right
+    ]
+    found = grpo.pass_rates(samples, 5)
+    # One of five: 4 of the 10 pairs have it. Two: 3 of 10 pairs miss both, and 0 of 5 fours.
+    assert found == pytest.approx({"rewards/f/pass@2": (0.4 + 0.7) / 2, "rewards/f/pass@4": 0.9})
+    assert grpo.pass_rates(samples, 1) == {}
 
 
 @each_mode

@@ -56,7 +56,8 @@ def busy_machine(monkeypatch):
 
 def test_the_shelf():
     names = ["keyword_sentiment", "phrase_ending", "length_window", "repetition_penalty"]
-    names += ["diversity_bonus", "tag_format", "valid_json", "numeric_answer", "python_tests"]
+    names += ["soft_overlong_punishment", "diversity_bonus", "tag_format", "valid_json"]
+    names += ["numeric_answer", "python_tests"]
     assert list(FUNCTIONS) == names
 
 
@@ -71,7 +72,7 @@ def test_one_number_for_any_text(name):
     found = scores(FUNCTIONS[name], *texts, **columns, completion_ids=[1], trainer_state=None)
     assert len(found) == len(texts)
     assert all(isinstance(score, float) and -1 <= score <= 1 for score in found)
-    assert FUNCTIONS[name](prompts=[], completions=[], answer=[], tests=[]) == []
+    assert FUNCTIONS[name](prompts=[], completions=[], answer=[], tests=[], completion_ids=[]) == []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -87,7 +88,7 @@ def test_a_function_can_be_lifted_out(name):
     namespace = {"__name__": "copy"}
     exec("\n".join([*imports, *lines[ends[before] : ends[name]]]), namespace)
     texts = ["", "good 3", ADD, "<think>a</think><answer>b</answer>", "[1]"]
-    columns = {"answer": "3", "tests": TESTS}
+    columns = {"answer": "3", "tests": TESTS, "completion_ids": [7] * 42}
     assert scores(namespace[name], *texts, **columns) == scores(FUNCTIONS[name], *texts, **columns)
 
 
@@ -133,6 +134,18 @@ def test_repetition_penalty():
     texts = ["", "a b", "a b c", "a b c a b c", "A b c d a B c", "a a a a a a"]
     expected = [0, 0, 0, -1 / 4, -1 / 5, -3 / 4]
     assert scores(rewards.repetition_penalty, *texts) == pytest.approx(expected)
+
+
+def test_soft_overlong_punishment(monkeypatch):
+    """Equation 13 by hand, with L_max = 10 and L_cache = 4; and TRL's function, if installed."""
+    monkeypatch.setattr(rewards, "MAX_LENGTH", 10)
+    monkeypatch.setattr(rewards, "CACHE_LENGTH", 4)
+    ids = [[5] * n for n in (0, 5, 6, 7, 8, 10, 11, 50)]
+    expected = [0, 0, 0, -0.25, -0.5, -1, -1, -1]
+    texts = [""] * len(ids)
+    assert rewards.soft_overlong_punishment(texts, texts, completion_ids=ids) == expected
+    trl = pytest.importorskip("trl.rewards", reason="trl is not installed")
+    assert trl.get_soft_overlong_punishment(10, 4)(completion_ids=ids) == expected
 
 
 def test_diversity_bonus_within_a_group():

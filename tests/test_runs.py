@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -472,6 +473,51 @@ def test_a_reference_that_moves_is_resumed(share, runs, inputs, tmp_path):
     assert rows[1] == static[1] and rows[3] != static[3]  # step 3 is the first with another one
     same = last[".params" + LEAF] == last[".ref_params" + LEAF]
     assert same.all() == (share == 1)
+
+
+@each_of(ppo, grpo, iterative_dpo)
+def test_the_best_model_is_kept_and_resumed(script, runs, inputs, tmp_path, capsys):
+    """The highest held-out value before the last step, found without the flag; then with it."""
+    best = tmp_path / "run" / "best"
+    plain = metrics_of(runs(script))
+    held_out = {row["step"]: row for row in plain if "eval/reward" in row}
+    name = next(  # of the metrics, one that is best in the midst, after the crash's checkpoint
+        (
+            name
+            for name in held_out[0]
+            if name.startswith("eval/") and max(held_out, key=lambda x: held_out[x][name]) == 4
+        ),
+        "eval/objective/kl",
+    )
+    step = max(held_out, key=lambda x: held_out[x][name])  # the first of the highest
+    changes = {"keep_best": name.removeprefix("eval/")}
+    rows, _, _ = run_and_resume(script, inputs, tmp_path, **changes)
+    assert rows == plain
+    found = json.loads((best.parent / "best.json").read_text())
+    assert found == {"metric": name, "step": step, "value": held_out[step][name]}
+    for file in ("best.json", *(f"best/{x.name}" for x in best.iterdir())):
+        whole = tmp_path / "whole" / "run" / file
+        assert (best.parent / file).read_bytes() == whole.read_bytes()
+    assert f"best {name} {found['value']:.4g} at step {step}; that model is run/best" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("value", [0.7, 0.2])
+def test_keep_best_by_hand(value, inputs, tmp_path, capsys):
+    """Of 0.5, 0.7, 0.6, 0.7, then nothing, then the value: the first 0.7."""
+    run = SimpleNamespace(path=tmp_path, total_steps=5)
+    config, params = grpo.load_model(inputs / "lm")
+    args = grpo.Args(model=str(inputs / "lm"), keep_best="gold/reward")
+    for step, score in enumerate((0.5, 0.7, 0.6, 0.7, None, value)):
+        metrics = {"reward": 1.0} | ({} if score is None else {"gold/reward": score})
+        bias = params["ln_f"]["bias"].at[0].set(step)
+        state = params | {"ln_f": params["ln_f"] | {"bias": bias}}
+        grpo.keep_best(run, step, metrics, config, state, args)
+    assert grpo.load_model(tmp_path / "best")[1]["ln_f"]["bias"][0] == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"best eval/gold/reward 0.7 at step 1; that model is {tmp_path / 'best'}"
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("change", [{"reset_optimizer": True}, {"reference": "previous"}])

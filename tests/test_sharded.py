@@ -679,6 +679,22 @@ def test_a_resumed_run_on_the_same_mesh_is_bit_equal(runs, inputs, tmp_path):
 
 
 @pytest.mark.slow
+def test_oversampling_and_the_best_model_on_a_mesh(inputs, tmp_path):
+    """As in grpo.py, and bit-equal after a crash, what is in best/ included."""
+    changes = {"oversample": 2, "eval_generations": 4, "keep_best": "gold/reward"}
+    on_one, whole = (train(inputs, tmp_path / str(x), x, **changes) for x in (None, (2, 2, 2)))
+    assert_same_numbers(whole, on_one)
+    assert all("groups/replaced" in row for row in metrics_of(whole)[1:])
+    train_until_a_crash(inputs, tmp_path, (2, 2, 2), **changes)
+    run = train(inputs, tmp_path, (2, 2, 2), **changes)
+    assert metrics_of(run) == metrics_of(whole)
+    for name in ("best.json", "best/model.safetensors", "model/model.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    step = json.loads((run / "best.json").read_text("utf-8"))["step"]
+    assert step == json.loads((on_one / "best.json").read_text("utf-8"))["step"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 1, 8))], ids=str)
 @pytest.mark.parametrize("ref_sync_steps", [None, 2])
 def test_a_run_goes_on_on_another_mesh(
@@ -761,6 +777,12 @@ BAD_FLAGS = [  # mesh, other flags, words of the message
     ((8, 1, 0), {}, ["--tensor"]),
     ((8, 1, 1), {"num_generations": 4}, ["'data': 8", "4 prompts of a step", "by 8"]),
     ((2, 4, 1), {"micro_batch_size": 4}, ["'fsdp': 4", "4 sequences of --micro-batch-size"]),
+    ((8, 1, 1), {"rollout_batch_size": 8}, ["'data': 8", "4 prompts of --rollout-batch-size"]),
+    (
+        (8, 1, 1),
+        {"rollout_batch_size": 16, "eval_generations": 4},
+        ["'data': 8", "4 held-out prompts of --rollout-batch-size"],
+    ),
     ((1, 1, 8), {"model": "four heads"}, ["'tensor': 8", "4 heads of the model by 8"]),
     ((4, 2, 1), {"eval_dataset": "three.jsonl"}, ["fewer than 8 held-out prompts"]),
     ((8, 1, 1), {"num_processes": 2}, ["--num-processes", "need --coordinator"]),
