@@ -542,11 +542,6 @@ FLAGS = [  # scripts, changes, what the message says
         {"eval_generations": 3, "rollout_batch_size": 8},
         "--eval-generations 3 does not divide --rollout-batch-size 8",
     ),
-    (
-        SAMPLERS,
-        {"keep_best": "gold/rewards", "overwrite": True},
-        "--keep-best must be one of .*reward, .*objective/kl",
-    ),
     # Drawn labels are of two; pairs that fill no batch would have been sampled for nothing.
     ([iterative_dpo], {"num_generations": 3}, "--num-generations must be 2.*--pair best-worst"),
     ([iterative_dpo], {"prompts_per_round": 20}, "--batch-size .*--prompts-per-round 20"),
@@ -561,6 +556,8 @@ FLAGS = [  # scripts, changes, what the message says
     (SAMPLERS, {"reward": (f"{ROOT}/rewards.py:GOOD",)}, "rewards.py has no function GOOD"),
     (SAMPLERS, {"reward_weight": (1.0,)}, "0 times --reward, but 1 times --reward-weight"),
     (SAMPLERS, {"reward_model": None} | LOGGED, "every --reward-weight is 0"),
+    # Known with the first evaluation, when the run has begun: so this is the last.
+    (SAMPLERS, {"keep_best": "gold/rewards"}, "--keep-best must be one of reward, .*objective/kl"),
 ]
 
 
