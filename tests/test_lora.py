@@ -517,6 +517,6 @@ def test_an_adapter_of_peft_loads_here(peft, targets, rslora, dtype, inputs, tmp
 
 @pytest.mark.parity
 def test_dora_of_peft_is_refused(peft, inputs, tmp_path, refused):
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], use_dora=True)
+    config = peft.LoraConfig(r=8, lora_alpha=64, target_modules=["c_attn"], use_dora=True)
     peft.get_peft_model(hf_model(inputs / "lm"), config).save_pretrained(tmp_path / "dora")
     assert "use_dora is True" in refused(adapter=str(tmp_path / "dora"))
