@@ -213,7 +213,8 @@ def meaning(name):
     """What docs/metrics.md says of a metric, eval/ in front of it or not."""
     meanings = read_meanings()
     for known, found in meanings.items():
-        pattern = re.escape(known).replace("<name>", "[^/]+").replace("/…", "/.*")
+        pattern = re.escape(known.removeprefix("eval/"))
+        pattern = re.sub("<[a-z]+>", "[^/]+", pattern).replace("@k", "@[0-9]+")
         if re.fullmatch(rf"(eval/)?{pattern}", name):
             return found
     return {"what": "", "healthy": "", "band": None}
@@ -268,6 +269,11 @@ def where(name, series, bad, title, evidence, reason, remedy):
     return [Alarm(name, int(steps[0]), int(steps[-1]), title, text, reason, remedy)]
 
 
+def earliest(alarms):
+    """The first of alarms that say the same of several curves, in a list."""
+    return sorted(alarms, key=lambda alarm: alarm.first)[:1]
+
+
 def not_finite(run):
     """A metric is NaN or infinite."""
     for name, step in run.bad.items():
@@ -314,7 +320,7 @@ def kl_runs_away(run):
             bad = (kl.values > 1) & (-penalty.values > 1.25 * gain)
             evidence = "KL {worst:.3g} nats; its penalty is more than the reward that was gained"
             found += where("objective/kl", kl, bad, title, evidence, reason, remedy)
-    return found[:1]
+    return earliest(found)
 
 
 def kl_below_zero(run):
@@ -332,7 +338,7 @@ def kl_below_zero(run):
             "Compare log-probabilities of policy and reference at step 0, where they must be "
             "equal; sample with neither top-k nor top-p.",
         )
-    return found[:1]
+    return earliest(found)
 
 
 def updates_too_large(run):
@@ -354,7 +360,7 @@ def updates_too_large(run):
             "tokens, and what is left of the gradient no longer points upwards.",
             "Lower --learning-rate or --epochs; raise --batch-size; --stop-kl (ppo.py).",
         )
-    return found[:1]
+    return earliest(found)
 
 
 def entropy_collapses(run):
@@ -374,7 +380,7 @@ def entropy_collapses(run):
                 "Raise --kl-coef or --entropy-coef; lower --learning-rate; grpo.py: a larger "
                 "--clip-eps-high. Look at the samples below.",
             )
-    return found[:1]
+    return earliest(found)
 
 
 def gradient_spikes(run):
@@ -395,7 +401,7 @@ def gradient_spikes(run):
         rest,
         spikes | (rest.values > 30 * start),
         "The gradient spikes",
-        f"grad_norm {{worst:.3g}}, {start:.3g} in the first steps; {spikes.sum()} spikes",
+        f"grad_norm {{worst:.3g}}, {start:.3g} in the first steps; spikes: {spikes.sum()}",
         "A few rows dominate an update (a ratio or a reward far from the others), or the policy is "
         "in a region where the loss is steep.",
         "Lower --learning-rate; lower --max-grad-norm; raise --warmup-steps; look at the largest "
@@ -490,7 +496,7 @@ def no_spread(run):
                 "which --advantage group scales up.",
                 remedy,
             )
-    return found[:1]
+    return earliest(found)
 
 
 def completions_do_not_end(run):
@@ -519,7 +525,7 @@ def completions_do_not_end(run):
             "The reward, or the KL penalty that is summed over tokens, favours short texts.",
             "Read the samples. Does the reward of an empty text exceed that of a good one?",
         )
-    return found[:1]
+    return earliest(found)
 
 
 def critic_explains_nothing(run):
@@ -569,10 +575,10 @@ def likelihoods(run):
     found = []
     remedy = "Lower --learning-rate; raise --warmup-steps."
     for name, series in levels(run, "loss"):
-        if len(series.values):
+        if name == "loss" and len(series.values):
             first, lowest = begin(run, "loss"), np.minimum.accumulate(series.values)
-            undone = lowest + 0.5 * np.maximum(first - lowest, 0)  # half of what was gained
-            bad = series.values > np.where(lowest < 0.7 * first, undone, 1.2 * first)
+            undone = lowest + 0.3 * np.maximum(first - lowest, 0)  # of what was gained
+            bad = series.values > np.where(lowest < 0.5 * first, undone, 1.2 * first)
             found += where(
                 name,
                 series,
@@ -611,7 +617,7 @@ def likelihoods(run):
             "Read ten pairs of the data. Try a --learning-rate ten times lower and one ten times "
             "higher.",
         )
-    return found[:1]
+    return earliest(found)
 
 
 def steps_are_skipped(run):

@@ -58,8 +58,8 @@ class Clock:
     @contextlib.contextmanager
     def phase(self, name, calls=1):
         self.tick()
+        self.calls[name] += calls * (self.stack[-1] != name)  # rollout calls generate: one
         self.stack.append(name)
-        self.calls[name] += calls
         try:
             yield
         finally:
@@ -277,29 +277,25 @@ def measured_peak():
 
 
 def memory_rows(programs, models):
-    """[(what, bytes)]: parameters, optimizer state, KV cache, each program's temporaries."""
-    rows = [(f"parameters of {name}", size) for name, size in models.items()]
-    seen = set()
+    """{what: bytes}: parameters, optimizer state, KV cache, each program's temporaries."""
+    rows = {f"parameters of {name}": size for name, size in models.items()}
     for program in programs.values():
-        name = program.function.__name__
         given = inspect.signature(program.function).bind(*program.args, **program.kwargs).arguments
         state = given.get("state")
-        if name not in seen and hasattr(state, "opt_state"):
-            rows.append(("trained parameters", size_of_shapes(state.params)))
-            rows.append(("optimizer state", size_of_shapes(state.opt_state)))
-        if name == "generate":
-            config, (rows_in, prompt) = given["config"], given["tokens"].shape
-            count = rows_in * given.get("num_samples", 1)
-            width = prompt + given["max_new_tokens"]
+        if hasattr(state, "opt_state"):
+            rows["trained parameters"] = size_of_shapes(state.params)
+            rows["optimizer state"] = size_of_shapes(state.opt_state)
+        if program.function.__name__ == "generate":
+            config, (count, prompt) = given["config"], given["tokens"].shape
+            count, width = count * given.get("num_samples", 1), prompt + given["max_new_tokens"]
             values = 2 * config.n_layer * count * width * config.n_embd
-            rows.append((f"KV cache of {count} * {width} tokens", values * 4))
-        seen.add(name)
+            itemsize = 4 if config.dtype == "float32" else 2
+            rows[f"KV cache of {count} * {width} tokens"] = values * itemsize
     for program in programs.values():
-        name = program.function.__name__
-        if program.calls and name in seen:
-            seen.discard(name)  # at its first shapes
+        name = f"temporaries of {program.function.__name__}"
+        if name not in rows:  # at its first shapes
             compiled = program.function.lower(*program.args, **program.kwargs).compile()
-            rows.append((f"temporaries of {name}", compiled.memory_analysis().temp_size_in_bytes))
+            rows[name] = compiled.memory_analysis().temp_size_in_bytes
     return rows
 
 
@@ -348,7 +344,7 @@ def report(command, clock, wall, programs, models, peak):
     lines += [f"| **sum** | {total:.2f} | {100 * total / wall:.1f} % | | | | | |", ""]
     lines += [f"Peak: {fastest / 1e9:,.0f} GFLOP/s, measured now with a float32 product.", ""]
     lines += ["| memory | MB |", "|---|---|"]
-    for what, size in [*memory_rows(programs, models), peak]:
+    for what, size in [*memory_rows(programs, models).items(), peak]:
         lines.append(f"| {what} | {size / 1e6:,.1f} |")
     return "\n".join(lines) + "\n"
 
