@@ -119,6 +119,44 @@ def cross_entropy_loss(logits, targets, mask):
     return loss, {"loss": loss, "mean_token_accuracy": accuracy}
 
 
+# ---------------------------------------------------------------------------------- half precision
+
+
+def product(x, y, x_axes, y_axes):
+    """x times y, summed over these axes in float32, whatever type x and y have."""
+    axes = ((x_axes, y_axes), ((), ()))
+    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def half_dot(dtype, x, w, axis):
+    """x [N, D] times w, of which D is an axis, both rounded to dtype -> float32 [N, …].
+
+    So are its gradients: JAX's own would be products of float32 and half, which are slow.
+    """
+    return product(x.astype(dtype), w.astype(dtype), (1,), (axis,))
+
+
+def half_dot_forward(dtype, x, w, axis):
+    """half_dot, and what its gradients need: the rounded operands, half as large."""
+    return half_dot(dtype, x, w, axis), (x.astype(dtype), w.astype(dtype))
+
+
+def half_dot_backward(dtype, axis, saved, gradient):
+    """The gradients with respect to x and w, float32 sums of products in dtype."""
+    x, w = saved
+    gradient, features = gradient.astype(dtype), tuple(i for i in range(w.ndim) if i != axis)
+    rows, columns = (gradient, x) if axis == 0 else (x, gradient)
+    columns = columns.T
+    if dtype == "bfloat16":  # copied by a look-up: from a mere transpose CPUs multiply slowly
+        columns = columns[jnp.arange(len(columns))]
+    x_gradient = product(gradient, w, tuple(range(1, w.ndim)), features)  # [N, D]
+    return x_gradient, product(columns, rows, (1,), (0,))
+
+
+half_dot.defvjp(half_dot_forward, half_dot_backward)
+
+
 # ------------------------------------------------------------------------------------------ update
 
 
@@ -157,44 +195,6 @@ def batch_loss(params, config, batch):
     count = jnp.maximum(loss_mask.sum(), 1)
     metrics = {name: x.sum() / count for name, x in metrics.items()}  # x [B, T - 1]
     return metrics["loss"], metrics
-
-
-# ---------------------------------------------------------------------------------- half precision
-
-
-def product(x, y, x_axes, y_axes):
-    """x times y, summed over these axes in float32, whatever type x and y have."""
-    axes = ((x_axes, y_axes), ((), ()))
-    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def half_dot(dtype, x, w, axis):
-    """x [N, D] times w, of which D is an axis, both rounded to dtype -> float32 [N, …].
-
-    So are its gradients: JAX's own would be products of float32 and half, which are slow.
-    """
-    return product(x.astype(dtype), w.astype(dtype), (1,), (axis,))
-
-
-def half_dot_forward(dtype, x, w, axis):
-    """half_dot, and what its gradients need: the rounded operands, half as large."""
-    return half_dot(dtype, x, w, axis), (x.astype(dtype), w.astype(dtype))
-
-
-def half_dot_backward(dtype, axis, saved, gradient):
-    """The gradients with respect to x and w, float32 sums of products in dtype."""
-    x, w = saved
-    gradient, features = gradient.astype(dtype), tuple(i for i in range(w.ndim) if i != axis)
-    rows, columns = (gradient, x) if axis == 0 else (x, gradient)
-    columns = columns.T
-    if dtype == "bfloat16":  # copied by a look-up: from a mere transpose CPUs multiply slowly
-        columns = columns[jnp.arange(len(columns))]
-    x_gradient = product(gradient, w, tuple(range(1, w.ndim)), features)  # [N, D]
-    return x_gradient, product(columns, rows, (1,), (0,))
-
-
-half_dot.defvjp(half_dot_forward, half_dot_backward)
 
 
 # ------------------------------------------------------------------------------------ loss scaling
@@ -672,7 +672,8 @@ def load_config(folder):
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in wanted.items():
         found = saved.get(name, value)
-        check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
+        more = "; Llama and Qwen: grpo_llama.py" if name == "model_type" else ""
+        check(found == value, f"{folder}: {name} is {found!r}, only {value!r} is implemented{more}")
     eos_id = saved.get("eos_token_id")
     if isinstance(eos_id, list) and len(eos_id) == 1:
         saved["eos_token_id"] = eos_id = eos_id[0]

@@ -309,7 +309,7 @@ def make_mesh(data, fsdp, tensor):
 
 
 def shardings(tree, mesh, without=None, even=True):
-    """The NamedSharding of each array in a tree with GPT-2's names: RULES, `without` one axis.
+    """The NamedSharding of each array in a tree with the names of RULES, `without` one axis.
 
     even: an axis that does not divide (GPT-2 has 50 257 tokens) stays whole, as jit's arguments and
     results must be; inside of it, XLA fills up the last part.
@@ -1110,7 +1110,8 @@ def load_config(folder):
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in wanted.items():
         found = saved.get(name, value)
-        check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
+        more = "; Llama and Qwen: grpo_llama.py" if name == "model_type" else ""
+        check(found == value, f"{folder}: {name} is {found!r}, only {value!r} is implemented{more}")
     eos_id = saved.get("eos_token_id")
     if isinstance(eos_id, list) and len(eos_id) == 1:
         saved["eos_token_id"] = eos_id = eos_id[0]

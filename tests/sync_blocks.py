@@ -6,7 +6,8 @@
 A top-level function, class or constant that stands in two scripts is the same text in both, the
 comment right above it included. The first script in SCRIPTS that has it owns it. What differs by
 nature stands in DIFFERENT; what one script has otherwise, a definition or a part of a class, in
-DIFFERENT_IN. An owner's text is never rewritten, and a copy only where its script is named.
+DIFFERENT_IN. A script in BASE is another one with changes: that one owns what both have. An owner's
+text is never rewritten, and a copy only where its script is named.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 # In the order in which they own what they share.
 SCRIPTS = ["gpt2", "sft", "reward", "ppo", "dpo", "grpo", "iterative_dpo", "sharded"]
-SCRIPTS += ["mixed_precision", "lora"]
+SCRIPTS += ["mixed_precision", "lora", "grpo_llama"]
+BASE = {"grpo_llama": "sharded"}
 DIFFERENT = {
     "Args": "each algorithm has its own flags",
     "TrainState": "each algorithm hands something else to its next step",
@@ -45,7 +47,22 @@ DIFFERENT_IN = {
     ("sharded", "RunFolder.must_save"): "all processes stop at the same step",
     ("sharded", "RunFolder.save"): "writes a checkpoint with Orbax, each process its shards",
     ("sharded", "RunFolder.checkpoint_step"): "the name of a folder, not the header of a file",
+    ("grpo_llama", "RULES"): "the names of Llama's weights",
+    ("grpo_llama", "gather_weights"): "rounds, and gives gradients in float32",
+    ("grpo_llama", "sample_on_mesh"): "gathers the weights of a forward pass layer by layer",
+    ("grpo_llama", "unembed"): "the head is a product in half precision, too",
+    ("grpo_llama", "describe"): "shows a dialogue by its last message",
+    ("grpo_llama", "call_reward"): "completions of dialogues are dialogues",
+    ("grpo_llama", "read_jsonl"): "a prompt may be a dialogue",
+    ("grpo_llama", "encode_rows"): "a prompt may be a dialogue",
+    ("grpo_llama", "load_tokenizer"): "other families of tokenizers",
+    ("grpo_llama", "check_sizes"): "the config's names are Llama's",
 }
+MODEL = ["trunk", "Block", "Attention", "MLP", "dense", "RewardModel", "read_response"]
+MODEL += ["load_config", "load_model", "save_model"]
+DIFFERENT_IN |= {("grpo_llama", name): "the model is Llama" for name in MODEL}
+ENDS = ["rollout", "load_rewards", "generate", "decode_responses"]
+DIFFERENT_IN |= {("grpo_llama", name): "several tokens may end a text" for name in ENDS}
 
 
 class Difference(NamedTuple):
@@ -103,10 +120,11 @@ def differences():
     """A Difference for each copy with another text than its owner's."""
     texts = {script: blocks(script) for script in SCRIPTS if (ROOT / f"{script}.py").exists()}
     found = []
-    for name, owner in owners(texts).items():
+    for name, first in owners(texts).items():
         for script, own in texts.items():
             if name not in own or (script, name) in DIFFERENT_IN:
                 continue
+            owner = BASE[script] if name in texts.get(BASE.get(script), ()) else first
             wanted = texts[owner][name][2]
             for entry, part in DIFFERENT_IN:
                 if entry == script and part.startswith(f"{name}.") and part in own:
