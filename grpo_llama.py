@@ -56,6 +56,11 @@ class Args:
     warmup_steps: int = 8  # updates in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm
+    lora_rank: int = 0  # r, the columns of A and the rows of B; 0: all weights are trained
+    lora_alpha: int = 64  # x A B is scaled by alpha / r
+    rslora: bool = False  # scale by alpha / sqrt(r) (Kalajdzievski 2023), so that r may grow
+    # layers by name; others: gate_proj up_proj down_proj
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     kl_coef: float = 0.3  # weight of the KL penalty
     kl_in: Literal["reward", "loss"] = "reward"  # a sequence's k1 in its reward, or k3 in the loss
     # reward minus the group's mean; that divided by the group's std; reward minus the others' mean
@@ -127,6 +132,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import regex
+import safetensors.flax
 import safetensors.numpy
 import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -254,6 +260,7 @@ def masked_mean(x, mask):
 BATCH = Spec(("data", "fsdp"))  # how rows are split
 # How the axes of a weight, and of its moments, are split: by the first pattern in its name.
 RULES = {
+    "lora_": Spec(),  # A and B are small
     "embedding": Spec("tensor", "fsdp"),  # [V, D]
     "(q|k|v|gate|up)_proj.*kernel": Spec("fsdp", "tensor"),  # [D, H * d], [D, K * d], [D, F]
     "(q|k|v)_proj.*bias": Spec("tensor"),  # [H * d], [K * d]
@@ -359,6 +366,18 @@ def state_on_mesh(params, optimizer, ref_moves, mesh):
     return jax.jit(new_state, out_shardings=parts)(params)
 
 
+def models_on_mesh(params, args, mesh):
+    """(what is trained, the reference, the weights under an adapter, if one is what is trained)."""
+    trained = init_adapter(params, args) if args.lora_rank else params
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (trained, params)]
+    print("trained: {:,} of {:,} parameters, {:.2%}".format(*sizes, sizes[0] / sizes[1]))
+    reference = round_matrices(params, args.dtype)  # it is only read
+    trained, reference = (
+        jax.tree.map(put, tree, shardings(tree, mesh)) for tree in (trained, reference)
+    )
+    return trained, reference, reference if args.lora_rank else None
+
+
 def rewards_on_mesh(rewards, mesh):
     """Rewards whose learned reward is split along tensor; whole along fsdp: it is only read."""
     if not rewards.learned:
@@ -419,6 +438,57 @@ half_dot.defvjp(half_dot_forward, half_dot_backward)
 # ------------------------------------------------------------------------------------------ update
 
 
+class LoRADense(nn.DenseGeneral):
+    """A linear layer that adds x A B where its parameters have A and B (Hu et al. 2021, eq. 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = super().__call__(x)
+        if self.has_variable("params", "lora_A"):
+            # Small products: W + A B would be a second copy of W, with a gradient of that size.
+            rank = self.variables["params"]["lora_A"]["kernel"].shape[-1]
+            layer = functools.partial(self.clone, parent=self, use_bias=False)
+            y += layer(name="lora_B")(layer(name="lora_A", features=rank)(x))
+        return y
+
+
+def init_adapter(params, args):
+    """A tree of A [in, r], random as PEFT's, and B [r, *out], zero, for each kernel [in, *out]."""
+    kernels = {path: x for path, x in flatten_dict(params).items() if path[-1] == "kernel"}
+    names = sorted({path[-2] for path in kernels})
+    check(set() < {*args.lora_targets} <= {*names}, f"--lora-targets: some of {', '.join(names)}")
+    draw, adapter = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), {}
+    for (*layer, _), kernel in kernels.items():
+        if layer[-1] in args.lora_targets:
+            (fan_in, *out), rank, name = kernel.shape, args.lora_rank, ".".join(layer)
+            check(rank <= min(fan_in, math.prod(out)), f"--lora-rank is above a side of {name}")
+            key = stream_key(args.seed, name, 0)
+            adapter[*layer, "lora_A", "kernel"] = draw(key, (fan_in, rank))
+            adapter[*layer, "lora_B", "kernel"] = jnp.zeros((rank, *out))
+    return unflatten_dict(adapter)
+
+
+def attach(params, adapter, args):
+    """The policy's parameters: A, times alpha / r, and B beside their kernels; none is copied."""
+    scale = args.lora_alpha / (args.lora_rank**0.5 if args.rslora else args.lora_rank)
+    flat = {p: scale * x if "lora_A" in p else x for p, x in flatten_dict(adapter).items()}
+    return unflatten_dict(flatten_dict(params) | flat)
+
+
+def merge(params, adapter, args):
+    """The same policy as a plain model: W + (alpha / r) A B in place of W."""
+    flat = flatten_dict(attach(params, adapter, args))
+    for path in [path for path in flat if "lora_A" in path]:
+        B = flat.pop((*path[:-2], "lora_B", "kernel"))
+        flat[*path[:-2], "kernel"] += jnp.tensordot(flat.pop(path), B, 1)
+    return unflatten_dict(flat)
+
+
+def with_base(params, base, args):
+    """The policy's parameters: what is trained, or the frozen weights and the adapter on them."""
+    return attach(base, params, args) if args.lora_rank else params
+
+
 class TrainState(NamedTuple):
     """What one step hands to the next, and all that a checkpoint holds."""
 
@@ -442,8 +512,11 @@ def token_entropies(logits):
 @functools.partial(
     jax.jit, static_argnames=("config", "optimizer", "args", "mesh"), donate_argnames="state"
 )
-def train_step(state, batch, key, config, optimizer, args, mesh):
-    """5. Makes epochs * num_minibatches updates on make_experience's batch: (state, metrics)."""
+def train_step(state, batch, key, config, optimizer, args, mesh, base=None):
+    """5. Makes epochs * num_minibatches updates on make_experience's batch: (state, metrics).
+
+    base: the frozen weights under an adapter, which then is all that is trained.
+    """
     size, response_length = batch["logprobs"].shape
     prompt_length = batch["tokens"].shape[1] - response_length
     clip_high = args.clip_eps if args.clip_eps_high is None else args.clip_eps_high
@@ -454,6 +527,7 @@ def train_step(state, batch, key, config, optimizer, args, mesh):
         return token_logprobs(logits, tokens), token_entropies(of_entropy)
 
     def loss_fn(params, batch):
+        params = with_base(params, base, args)
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         tokens, mask = batch["tokens"], batch["mask"]
         model = (params, config, tokens, mask, prompt_length, args.temperature)
@@ -674,12 +748,27 @@ def make_experience(sampled, scores, args):
 # -------------------------------------------------------------------------------------------- main
 
 
-def main(args):
-    join_processes(args.coordinator, args.num_processes, args.process_id)
+def check_own_flags(args):
+    """Fails where flags do not go together."""
     named = args.reward_model or args.reward
     check(named, "nothing to learn from: pass --reward FILE.py:FUNCTION, or --reward-model FOLDER")
     check(args.dtype != "bfloat16" or jax.default_backend() != "METAL", "Metal has no bfloat16")
+    moves = args.lora_rank and args.ref_sync_steps
+    check(not moves, "--ref-sync-steps moves a reference; with --lora-rank it is the model itself")
+
+
+def save_trained(folder, config, params, args):
+    """Writes model/, and adapter/ where that was trained."""
+    if args.lora_rank:
+        save_adapter(folder / "adapter", params, args, prefix="model", fan_in_fan_out=False)
+        params = merge(load_model(args.model)[1], params, args)
+    save_model(folder / "model", config, params, args.model)
+
+
+def main(args):
+    join_processes(args.coordinator, args.num_processes, args.process_id)
     check_flags(args)
+    check_own_flags(args)
     run = RunFolder(args)
 
     config, ref_params = load_model(args.model)
@@ -719,17 +808,16 @@ def main(args):
     batches = prompt_batches(len(prompts), size, args.steps, args.seed)
     updates_per_step = args.epochs * args.num_minibatches
     optimizer, schedule = make_optimizer(args, args.steps * updates_per_step)
-    ref_params = jax.tree.map(put, ref_params, shardings(ref_params, mesh))
+    trained, ref_params, base = models_on_mesh(ref_params, args, mesh)
     rewards = rewards_on_mesh(rewards, mesh)
-    state = state_on_mesh(ref_params, optimizer, args.ref_sync_steps is not None, mesh)
-    ref_params = round_matrices(ref_params, args.dtype)  # it is only read
+    state = state_on_mesh(trained, optimizer, args.ref_sync_steps is not None, mesh)
     state, start = run.start(state, args.steps)
 
     # Every process runs all that follows: where one left out a jitted call, the others would hang.
     def sample(asked, num_samples, stream, step):
         """(Rollout, scores [N], metrics, samples) of the present policy."""
         reference = ref_params if state.ref_params is None else state.ref_params
-        models = (state.params, reference, config, tokenizer)
+        models = (with_base(state.params, base, args), reference, config, tokenizer)
         key = stream_key(args.seed, stream, step)
         sampled, rows, texts = rollout(*models, asked, num_samples, key=key, args=args, mesh=mesh)
         scores = score(sampled, rows, texts, rewards, args)
@@ -749,7 +837,7 @@ def main(args):
         batch, batch_metrics = make_experience(sampled, scores, args)
         metrics["lr"] = schedule((step - 1) * updates_per_step)  # of the first update
         key = stream_key(args.seed, "minibatches", step)
-        state, update_metrics = train_step(state, batch, key, config, optimizer, args, mesh)
+        state, update_metrics = train_step(state, batch, key, config, optimizer, args, mesh, base)
         metrics |= jax.device_get(batch_metrics | update_metrics)
         seconds = time.perf_counter() - started
         metrics["perf/tokens_per_second"] = batch["mask"].sum() / seconds
@@ -764,7 +852,7 @@ def main(args):
             run.save(step, state)
     params = process_allgather(state.params, tiled=True)
     if jax.process_index() == 0:
-        save_model(run.path / "model", config, params, args.model)
+        save_trained(run.path, config, params, args)
     sync_global_devices("the model is written")
     run.finish(f"grpo_llama.py --dataset {args.dataset} --run-dir {args.run_dir}-more --model")
 
@@ -1019,7 +1107,7 @@ def dense(config, features, name, biased=False):
         return half_dot(config.dtype, x, kernel, 0)
 
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=biased, kernel_init=init, dot_general=dot, name=name)
+    return LoRADense(features, use_bias=biased, kernel_init=init, dot_general=dot, name=name)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -1340,6 +1428,20 @@ def config_entries(config):
         *(["attention_bias"] if not config.attention_bias else []),
     ]
     return {name: x for name, x in own.items() if name not in absent}
+
+
+def save_adapter(folder, adapter, args, prefix="transformer", fan_in_fan_out=True):
+    """Writes a folder in PEFT's format; prefix: where the layers are in transformers' model."""
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": fan_in_fan_out}
+    settings |= {"base_model_name_or_path": args.model, "target_modules": list(args.lora_targets)}
+    settings |= {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "use_rslora": args.rslora}
+    flat = flatten_dict(adapter)
+    names = [".".join(["base_model.model", prefix, *path[:-1], "weight"]) for path in flat]
+    tensors = {name: x.reshape(len(x), -1).T for name, x in zip(names, flat.values())}
+    header = {"base": str(checksum(find_model(args.model)))}  # a second entry: in random order
+    folder.mkdir(exist_ok=True)
+    write_file(folder / "adapter_model.safetensors", safetensors.flax.save(tensors, header))
+    write_file(folder / "adapter_config.json", json.dumps(settings, indent=2).encode())
 
 
 # ------------------------------------------------------------------------------ tokenizer and data

@@ -4,8 +4,8 @@
     python benchmarks/llama.py sums FOLDER         # writes FOLDER/{train,test}.jsonl
 
 memory: train_step is compiled from shapes alone for fsdp = N, with --remat, for one sequence of
-PROMPT + NEW tokens a device; no weight is ever made. The figures, compiled.memory_analysis()'s, are
-those of one device, in GB (10^9 bytes). State is what the program takes in and gives back in its place:
+PROMPT + NEW tokens a device; no weight is ever made. The figures, compiled.memory_analysis()'s,
+are those of one device, in GB (10^9 bytes). State is what the program takes in and gives back:
 float32 weights and AdamW's two moments, 12 bytes a parameter. Temporary is what it needs besides:
 the gradient, and of weights and activations what is alive at once.
 

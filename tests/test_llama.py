@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from conftest import ROOT
 from jax.sharding import Mesh, NamedSharding
 from test_gpt2 import random_texts
@@ -514,7 +515,8 @@ TEMPLATES = {  # in the manner of the models' own
     "documents %}D{% endif %}{{ pad_token is defined }}{{ cls_token is defined }}{% macro f(x) %}"
     "<{{ x }}>{% endmacro %}{% for m in messages %}{{ f(m.content) }}{% endfor %}",
     "think": "{% for m in messages %}"
-    "{% set content = m.content.split('</think>')[-1].lstrip('\\n') %}{% if not loop.last %}{{ content }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "{% set content = m.content.split('</think>')[-1].lstrip('\\n') %}"
+    "{% if not loop.last %}{{ content }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
 }
 CHATS = [
     [{"role": "user", "content": "What is 7 + 12?"}],
@@ -725,6 +727,38 @@ def test_a_resumed_run_is_bit_equal(sums, tmp_path, monkeypatch, one_device):
     assert (
         min(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), before, after))) > 1e-4
     )
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
+    """Only A and B are state; the model that is written is the base with them merged."""
+    args = run_args(sums, tmp_path / "run", lora_rank=2, learning_rate=0.05, dtype="float32")
+    states, start = [], grpo_llama.RunFolder.start
+
+    def watched(*rest):
+        states.append(start(*rest))
+        return states[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_llama.RunFolder, "start", watched)
+        grpo_llama.main(args)
+    ((state, _),) = states
+    names = jax.tree_util.tree_flatten_with_path(state)[0]
+    assert all("lora_" in jax.tree_util.keystr(path) for path, x in names if np.ndim(x))
+    evaluated = [
+        row["eval/objective/kl"] for row in metrics_of(tmp_path / "run") if "eval/reward" in row
+    ]
+    assert abs(evaluated[0]) < 1e-5 and abs(evaluated[-1]) > 1e-3  # B is 0 at first
+    (config, base), (_, merged) = (load_model(x / "model") for x in (sums, tmp_path / "run"))
+    adapter = safetensors.numpy.load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    name = "layers.1", "self_attn", "q_proj"
+    a, b = (
+        adapter[f"base_model.model.model.{'.'.join(name)}.lora_{x}.weight"] for x in "AB"
+    )  # [r, in], [out, r], as PEFT has them
+    moved = merged[name[0]][name[1]][name[2]]["kernel"] - base[name[0]][name[1]][name[2]]["kernel"]
+    np.testing.assert_allclose(moved, (b @ a).T * args.lora_alpha / 2, rtol=0, atol=1e-6)
+    assert np.abs(moved).max() > 1e-3
+    assert_close(merged["layers.0"]["mlp"], base["layers.0"]["mlp"], rtol=0, atol=0)
 
 
 @pytest.mark.slow
