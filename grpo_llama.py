@@ -1692,7 +1692,7 @@ def encode_rows(rows, answers, tokenizer, eos_id, args):
         texts = [prompt_text(row["prompt"]), *(row[name] for name in answers)]
         spelled += {token for token in special for text in texts if token in text}
         blank += texts[0] != texts[0].rstrip() and isinstance(row["prompt"], str)
-        prompt = encode_prompt(tokenizer, row["prompt"])
+        prompt = encode_prompt(tokenizer, row)
         ids = (encode_text(tokenizer, text) for text in texts[1:])
         encoded.append((row, [prompt or [eos_id], *([*x, eos_id] for x in ids)]))
     if spelled:
@@ -1833,6 +1833,7 @@ def render_chat(tokenizer, messages, **variables):
     template, tokens, folder = tokenizer.chat
     check(template, f"{folder} has no chat template, and a prompt is a list of messages")
     shown = json.dumps(messages, ensure_ascii=False)[:200]
+    messages = [{k: x for k, x in each.items() if x is not None} for each in messages]
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
     try:
         return template.render(given | tokens | variables)
@@ -1850,7 +1851,7 @@ def encode_chat(tokenizer, messages, **variables):
                 x = x.replace(token, token[0] + BREAK + token[1:])
             return x
         if isinstance(x, dict):
-            return {key: without_special(value) for key, value in x.items() if value is not None}
+            return {key: without_special(value) for key, value in x.items()}
         return [*map(without_special, x)] if isinstance(x, list) else x
 
     text = render_chat(tokenizer, without_special(messages), **variables)
@@ -1869,11 +1870,14 @@ def prompt_text(prompt):
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def encode_prompt(tokenizer, prompt):
-    """The ids of a text with what the tokenizer puts before it, or of a dialogue."""
-    if isinstance(prompt, str):
-        return [*tokenizer.begin, *encode_text(tokenizer, prompt)]
-    return encode_chat(tokenizer, prompt)
+def encode_prompt(tokenizer, row):
+    """The ids of a row's text with what the tokenizer puts before it, or of its dialogue.
+
+    The template may have variables: TRL's column for them is chat_template_kwargs.
+    """
+    if isinstance(row["prompt"], str):
+        return [*tokenizer.begin, *encode_text(tokenizer, row["prompt"])]
+    return encode_chat(tokenizer, row["prompt"], **(row.get("chat_template_kwargs") or {}))
 
 
 # -------------------------------------------------------------------------------------- run folder

@@ -429,9 +429,8 @@ def test_all_merges_of_a_token_and_a_token_to_begin_with(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     expected = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert_equal_ids(tokenizer, expected, hard_texts(500))
-    assert grpo_llama.encode_prompt(tokenizer, "good") == expected.encode("good").ids
-    del saved["model"]["merges"][len(merges) // 2]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(saved), "utf-8")
+    row = {"prompt": "good"}
+    assert grpo_llama.encode_prompt(tokenizer, row) == expected.encode("good").ids
 
 
 @pytest.mark.real_data
@@ -749,7 +748,7 @@ def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
         row["eval/objective/kl"] for row in metrics_of(tmp_path / "run") if "eval/reward" in row
     ]
     assert abs(evaluated[0]) < 1e-5 and abs(evaluated[-1]) > 1e-3  # B is 0 at first
-    (config, base), (_, merged) = (load_model(x / "model") for x in (sums, tmp_path / "run"))
+    base, merged = (load_model(x / "model")[1] for x in (sums, tmp_path / "run"))
     adapter = safetensors.numpy.load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     name = "layers.1", "self_attn", "q_proj"
     a, b = (
