@@ -2059,9 +2059,9 @@ class RunFolder:
             self.events.write_event(Event(step=step + 1 if step else 0, session_log=begin))
             for summary in hparams({name: str(value) for name, value in self.args.items()}, {}):
                 self.events.write_event(Event(wall_time=time.time(), summary=summary))
-        size = sum(x.size for x in jax.tree.leaves(state.params))
+        size = f"{sum(x.size for x in jax.tree.leaves(state.params)):,} trained parameters"
         device = f"{jax.device_count()} {jax.default_backend()} ({jax.devices()[0].device_kind})"
-        print(f"model: {self.args['model'] or 'new'}, {size:,} parameters; device: {device}")
+        print(f"model: {self.args['model'] or 'new'}, {size}; device: {device}")
         print(f"run: {self.path}, steps {step} to {total_steps}; tensorboard --logdir {self.path}")
         self.bar = Progress()
         atexit.register(self.bar.stop)  # however the run ends, it gives the cursor back

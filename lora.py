@@ -798,7 +798,8 @@ def load_config(folder):
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in wanted.items():
         found = saved.get(name, value)
-        check(found == value, f"{folder}: {name} is {found!r}, and only {value!r} is implemented")
+        more = "; Llama and Qwen: grpo_llama.py" if name == "model_type" else ""
+        check(found == value, f"{folder}: {name} is {found!r}, only {value!r} is implemented{more}")
     eos_id = saved.get("eos_token_id")
     if isinstance(eos_id, list) and len(eos_id) == 1:
         saved["eos_token_id"] = eos_id = eos_id[0]
