@@ -915,6 +915,7 @@ class Llama(nn.Module):
 
 def unembed(config, table, x):
     """The head: x [B, T, D] times the embeddings [V, D], float32 logits [B, T, V]."""
+    table = table.astype(jnp.float32)  # of a frozen one in bfloat16, too: half_dot's gradient is
     logits = half_dot(config.dtype, x.reshape(-1, x.shape[-1]), table, 1)
     return logits.reshape(*x.shape[:2], -1)
 

@@ -731,7 +731,7 @@ def test_a_resumed_run_is_bit_equal(sums, tmp_path, monkeypatch, one_device):
 @pytest.mark.slow
 def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
     """Only A and B are state; the model that is written is the base with them merged."""
-    args = run_args(sums, tmp_path / "run", lora_rank=2, learning_rate=0.05, dtype="float32")
+    args = run_args(sums, tmp_path / "run", lora_rank=2, learning_rate=0.05)
     states, start = [], grpo_llama.RunFolder.start
 
     def watched(*rest):
@@ -747,7 +747,7 @@ def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
     evaluated = [
         row["eval/objective/kl"] for row in metrics_of(tmp_path / "run") if "eval/reward" in row
     ]
-    assert abs(evaluated[0]) < 1e-5 and abs(evaluated[-1]) > 1e-3  # B is 0 at first
+    assert abs(evaluated[0]) < 1e-2 and abs(evaluated[-1]) > 0.05  # B is 0 at first
     base, merged = (load_model(x / "model")[1] for x in (sums, tmp_path / "run"))
     adapter = safetensors.numpy.load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     name = "layers.1", "self_attn", "q_proj"
