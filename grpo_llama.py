@@ -48,6 +48,7 @@ class Args:
     steps: int = 100  # rollouts, each followed by epochs * num_minibatches updates
     batch_size: int = 128  # completions in one rollout
     num_generations: int = 8  # completions to one prompt: a group
+    oversample: int = 1  # times as many groups are sampled, to replace those without a spread
     epochs: int = 2  # passes over a rollout
     num_minibatches: int = 2  # updates in one pass
     micro_batch_size: int = 32  # sequences in one forward and backward pass of an update
@@ -85,6 +86,8 @@ class Args:
     temperature: float = 1.0  # of sampling, and of every log-probability
     log_every: int = 1  # steps between lines in metrics.jsonl
     eval_every: int = 20  # steps between evaluations on the held-out prompts
+    eval_generations: int = 1  # completions to each held-out prompt; from 2 on pass@k is logged
+    keep_best: str | None = None  # as gold/reward: the model with the highest goes to best/, too
     save_every: int = 10  # steps between checkpoints
     data: int = -1  # devices that repeat the weights and split the batch; -1: all that are left
     fsdp: int = 1  # devices that split the weights and the batch
@@ -138,7 +141,11 @@ import tiktoken
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    process_allgather,
+    sync_global_devices,
+)
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from rich.progress import Progress
@@ -250,6 +257,21 @@ def leave_one_out_advantage(rewards, group_size):
     return advantages * jnp.repeat(counts / jnp.maximum(counts - 1, 1), group_size)
 
 
+def dynamic_sampling(scores, group_size, num_groups):
+    """DAPO's dynamic sampling (Yu et al. 2025, eq. 11): (rows to learn from, counts of groups).
+
+    scores [N], group by group. Of the first num_groups groups, those whose scores are all equal
+    are replaced by later ones with a spread, as far as there are any: shapes stay static. A score
+    of NaN is none.
+    """
+    groups = scores.reshape(-1, group_size)  # [N / G, G]
+    flat = ~(jnp.nanmax(groups, axis=1) > jnp.nanmin(groups, axis=1))
+    kept = jnp.sort(jnp.argsort(flat, stable=True)[:num_groups])  # those with a spread come first
+    rows = kept[:, None] * group_size + jnp.arange(group_size)  # [num_groups, G]
+    counts = {"groups/replaced": jnp.sum(kept >= num_groups), "groups/zero_std": flat[kept].sum()}
+    return rows.reshape(-1), counts
+
+
 def masked_mean(x, mask):
     """Mean of x over the places where mask is 1; 0 where there are none."""
     return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1)
@@ -354,9 +376,20 @@ def gather_backward(config, _, gradients):
 gather_weights.defvjp(gather_forward, gather_backward)
 
 
-def check_splits(mesh, what, count, parts):
-    """Fails where so many of something cannot be split into equal parts."""
-    check(count % parts == 0, f"{dict(mesh.shape)} cannot split the {count} {what} by {parts}")
+def check_splits(mesh, config, args):
+    """The number of parts of a batch; fails where rows or heads do not split into equal parts."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = args.batch_size // args.num_generations * args.oversample
+    most = args.rollout_batch_size or 0
+    for count, what, by in (
+        (size, "prompts of a step (--batch-size / --num-generations * --oversample)", parts),
+        (args.micro_batch_size, "sequences of --micro-batch-size", parts),
+        (most // args.num_generations, "prompts of --rollout-batch-size", parts),
+        (most // args.eval_generations, "held-out prompts of --rollout-batch-size", parts),
+        (config.num_key_value_heads, "key-value heads of the model", mesh.shape["tensor"]),
+    ):
+        check(count % by == 0, f"{dict(mesh.shape)} cannot split the {count} {what} by {by}")
+    return parts
 
 
 def state_on_mesh(params, optimizer, ref_moves, mesh):
@@ -376,6 +409,21 @@ def models_on_mesh(params, args, mesh):
         jax.tree.map(put, tree, shardings(tree, mesh)) for tree in (trained, reference)
     )
     return trained, reference, reference if args.lora_rank else None
+
+
+def save_from_mesh(folder, config, params, source):
+    """save_model by process 0, of weights that lie on all; the others wait until it is done."""
+    params = process_allgather(params, tiled=True)
+    if jax.process_index() == 0:
+        save_model(folder, config, params, source)
+    sync_global_devices(f"{folder.name} is written")
+
+
+def save_adapter_from_mesh(folder, adapter, args):
+    """save_adapter by process 0."""
+    adapter = process_allgather(adapter, tiled=True)
+    if jax.process_index() == 0:
+        save_adapter(folder, adapter, args, prefix="model", fan_in_fan_out=False)
 
 
 def rewards_on_mesh(rewards, mesh):
@@ -487,6 +535,11 @@ def merge(params, adapter, args):
 def with_base(params, base, args):
     """The policy's parameters: what is trained, or the frozen weights and the adapter on them."""
     return attach(base, params, args) if args.lora_rank else params
+
+
+def plain(params, base, args):
+    """The same policy without an adapter: merged into the weights under it, if there is one."""
+    return merge(base, params, args) if args.lora_rank else params
 
 
 class TrainState(NamedTuple):
@@ -708,9 +761,31 @@ def describe(sampled, rows, texts, scores):
     return metrics, [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
+def pass_at_k(right, k):
+    """The chance that one of k completions is right, mean over prompts: right [P, n], 0 or 1.
+
+    1 - C(n - c, k) / C(n, k) with c right ones of n, which is not biased (Chen et al. 2021, eq. 1).
+    """
+    n = right.shape[1]
+    wrong = n - right.sum(axis=1).astype(int)  # [P]
+    return np.mean([1 - math.comb(w, k) / math.comb(n, k) for w in wrong])
+
+
+def pass_rates(samples, size):
+    """{"<score>/pass@k"}, k = 2, 4, … to `size` samples a prompt, of each score of only 0 and 1."""
+    metrics = {}
+    for name in (name for name in samples[0] if "/" in name):  # gold/reward, rewards/<name>
+        scores = np.array([x[name] for x in samples], float).reshape(-1, size)  # [P, size]
+        scores = scores[~np.isnan(scores).any(axis=1)]  # where it applies
+        if len(scores) and np.isin(scores, (0, 1)).all():
+            ks = 2 ** np.arange(1, size.bit_length())
+            metrics |= {f"{name}/pass@{k}": pass_at_k(scores, k) for k in ks}
+    return metrics
+
+
 @functools.partial(jax.jit, static_argnames="args")
 def make_experience(sampled, scores, args):
-    """What train_step learns from a Rollout and its scores [B]: (batch, metrics)."""
+    """What train_step learns from a Rollout and its scores [N]: (batch, metrics of all N)."""
     tokens, mask, response_mask, logprobs, ref_logprobs, ended = sampled
     group_size = args.num_generations
     # 3. The KL penalty of the whole sequence: part of the reward, so taken off before the baseline.
@@ -735,14 +810,20 @@ def make_experience(sampled, scores, args):
         "advantages": advantages,
     }
     known = ~jnp.isnan(scores)
-    groups = scores.reshape(-1, group_size)  # [B / G, G]
-    return batch, {
+    groups = scores.reshape(-1, group_size)  # [N / G, G]
+    metrics = {
         "objective/non_score_reward": masked_mean(-penalty, known),
         "objective/rlhf_reward": masked_mean(jnp.nan_to_num(scores) - penalty, known),
         "reward_std": jnp.nan_to_num(jnp.nanmean(jnp.nanstd(groups, axis=1, ddof=1))),
         # From such a group only the KL is learned. (Its std may differ from 0 by rounding.)
         "frac_reward_zero_std": (jnp.nanmax(groups, axis=1) == jnp.nanmin(groups, axis=1)).mean(),
     }
+    if args.oversample > 1:  # groups from which nothing is learned make room for others
+        counted = jnp.where(jnp.isnan(rewards), jnp.nan, scores)
+        rows, counts = dynamic_sampling(counted, group_size, args.batch_size // group_size)
+        batch = jax.tree.map(lambda x: x[rows], batch)
+        metrics |= counts
+    return batch, metrics
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -755,14 +836,6 @@ def check_own_flags(args):
     check(args.dtype != "bfloat16" or jax.default_backend() != "METAL", "Metal has no bfloat16")
     moves = args.lora_rank and args.ref_sync_steps
     check(not moves, "--ref-sync-steps moves a reference; with --lora-rank it is the model itself")
-
-
-def save_trained(folder, config, params, args):
-    """Writes model/, and adapter/ where that was trained."""
-    if args.lora_rank:
-        save_adapter(folder / "adapter", params, args, prefix="model", fan_in_fan_out=False)
-        params = merge(load_model(args.model)[1], params, args)
-    save_model(folder / "model", config, params, args.model)
 
 
 def main(args):
@@ -790,18 +863,16 @@ def main(args):
     check(args.batch_size % args.num_generations == 0, f"{groups} --batch-size {args.batch_size}")
     most = args.rollout_batch_size or 0
     check(most % args.num_generations == 0, f"{groups} --rollout-batch-size {most}")
+    held_out = f"--eval-generations {args.eval_generations} does not divide"
+    check(most % args.eval_generations == 0, f"{held_out} --rollout-batch-size {most}")
     sizes = f"--num-minibatches {args.num_minibatches} * --micro-batch-size {args.micro_batch_size}"
     fits = args.batch_size % (args.num_minibatches * args.micro_batch_size) == 0
     check(fits, f"{sizes} does not divide --batch-size {args.batch_size}")
-    size = args.batch_size // args.num_generations
-    fewer = f"a step takes {size} prompts (--batch-size / --num-generations)"
+    size = args.batch_size // args.num_generations * args.oversample
+    fewer = f"a step takes {size} prompts (--batch-size / --num-generations * --oversample)"
     check(size <= len(prompts), f"{fewer}, --dataset has {len(prompts)}")
 
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    check_splits(mesh, "prompts of a step (--batch-size / --num-generations)", size, parts)
-    check_splits(mesh, "sequences of --micro-batch-size", args.micro_batch_size, parts)
-    check_splits(mesh, "prompts of --rollout-batch-size", most // args.num_generations, parts)
-    check_splits(mesh, "key-value heads", config.num_key_value_heads, mesh.shape["tensor"])
+    parts = check_splits(mesh, config, args)
     eval_prompts = eval_prompts[: min(256, len(eval_prompts)) // parts * parts]
     check(eval_prompts, f"fewer than {parts} held-out prompts do not split into as many parts")
 
@@ -824,8 +895,11 @@ def main(args):
         return sampled, scores["reward"], *describe(sampled, rows, texts, scores)
 
     def evaluate_and_sample(step):
-        *_, metrics, samples = sample(eval_prompts, 1, "eval", step)
-        run.log_samples(step, samples[:8])
+        size = args.eval_generations
+        *_, metrics, samples = sample(eval_prompts, size, "eval", step)
+        metrics |= pass_rates(samples, size)
+        run.log_samples(step, samples[::size][:8])
+        keep_best(run, step, metrics, config, plain(state.params, base, args), args)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if start == 0:
@@ -850,10 +924,9 @@ def main(args):
             state = state._replace(ref_params=moved)
         if run.must_save(step, args.save_every):
             run.save(step, state)
-    params = process_allgather(state.params, tiled=True)
-    if jax.process_index() == 0:
-        save_trained(run.path, config, params, args)
-    sync_global_devices("the model is written")
+    if args.lora_rank:
+        save_adapter_from_mesh(run.path / "adapter", state.params, args)
+    save_from_mesh(run.path / "model", config, plain(state.params, base, args), args.model)
     run.finish(f"grpo_llama.py --dataset {args.dataset} --run-dir {args.run_dir}-more --model")
 
 
@@ -2151,6 +2224,23 @@ class RunFolder:
         print(f"finished in {seconds:.0f} s{self.held_out}; the model is {self.path / 'model'}")
         more = "" if Path(self.args["dataset"]).resolve().parent == EMBEDDED else "  # on your data"
         print(f"next: python {command} {self.path / 'model'}{more}")
+
+
+def keep_best(run, step, metrics, config, params, args):
+    """Writes best/, a model folder, where --keep-best is higher than at any evaluation before."""
+    if args.keep_best is None:
+        return
+    check(step or args.keep_best in metrics, f"--keep-best must be one of {', '.join(metrics)}")
+    value = float(metrics.get(args.keep_best, -math.inf))
+    file = run.path / "best.json"
+    best = read_json(file) if file.exists() else {"step": 0, "value": -math.inf}
+    if broadcast_one_to_all(value > best["value"]):  # process 0 has the file
+        best = {"metric": f"eval/{args.keep_best}", "step": step, "value": value}
+        save_from_mesh(run.path / "best", config, params, args.model)
+        write_file(file, json.dumps(best).encode())
+    if step == run.total_steps:
+        shown = f"{args.keep_best} {best['value']:.4g} at step {best['step']}"
+        print(f"best eval/{shown}; that model is {run.path / 'best'}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ DIFFERENT_IN = {
     ("grpo_llama", "read_jsonl"): "a prompt may be a dialogue",
     ("grpo_llama", "encode_rows"): "a prompt may be a dialogue",
     ("grpo_llama", "load_tokenizer"): "other families of tokenizers",
+    ("grpo_llama", "check_splits"): "key-value heads must split",
     ("grpo_llama", "check_sizes"): "the config's names are Llama's",
 }
 MODEL = ["trunk", "Block", "Attention", "MLP", "dense", "RewardModel", "read_response"]

@@ -24,7 +24,7 @@ from sync_blocks import SCRIPTS
 # are 540 below the line, and in all 540, 780, 860, 990, 940, 990, 940, 1180, 860.
 LINES = {"gpt2": 613, "sft": 1123, "reward": 1179, "ppo": 1512, "dpo": 1327, "grpo": 1559}
 LINES |= {"iterative_dpo": 1480, "sharded": 1721, "mixed_precision": 1213, "lora": 1427}
-LINES |= {"grpo_llama": 2240}
+LINES |= {"grpo_llama": 2250}
 LINES_BELOW = dict.fromkeys(SCRIPTS, 936) | {"lora": 942}  # which reads and writes adapters
 LINES_BELOW |= {"iterative_dpo": 944, "sharded": 948}  # which keep the best model
 LINES_BELOW |= {"grpo_llama": 1320}  # and has the chats and tokenizers of four families
