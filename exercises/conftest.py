@@ -12,6 +12,7 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
     os.environ["XLA_FLAGS"] = flags.strip()
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiled sooner, runs slower
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -51,7 +51,7 @@ def read_exercises(folder=HERE):
         for number, title, text in zip(parts[::3], parts[1::3], parts[2::3]):
             facts = FACTS.search(text)
             if not facts:
-                fail(f"{path.name}, exercise {number}: no line like `ppo.py`: `f` · concept · …")
+                fail(f"{path.name}, exercise {number}: no line like `ppo.py`: `f` · …")
             script, functions, concept, minutes, after = facts.groups()
             functions = re.findall("`([^`]+)`", functions)
             text = text[facts.end() :].strip()

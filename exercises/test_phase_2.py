@@ -36,7 +36,8 @@ BIAS = np.where(CAUSAL & (MASK[:, None] > 0), 0.0, -1e9).astype(np.float32)[:, N
 
 
 def attend(x, bias=BIAS, cache=None, column=0):
-    return gpt2.Attention(CONFIG).apply({"params": ATTENTION}, x, bias, cache, column)
+    apply = jax.jit(gpt2.Attention(CONFIG).apply, static_argnums=4)
+    return apply({"params": ATTENTION}, x, bias, cache, column)
 
 
 def attention_in_loops(allowed):
@@ -110,7 +111,7 @@ def test_2_2_values():
     mlp = {"c_fc": layer(D, 4 * D), "c_proj": layer(4 * D, D)}
     params = {"ln_1": norm(), "ln_2": norm(), "attn": ATTENTION, "mlp": mlp}
     try:
-        y, cache = gpt2.Block(CONFIG).apply({"params": params}, X, BIAS, None, 0)
+        y, cache = jax.jit(gpt2.Block(CONFIG).apply)({"params": params}, X, BIAS, None, 0)
     except Exception as error:
         assert "ScopeParamNotFound" not in type(error).__name__, (
             f"the parts' names are ln_1, attn, ln_2 and mlp: {error}"
@@ -128,12 +129,17 @@ def test_2_2_size_of_the_norm():
     tiny = 1e-3 * X  # so small that epsilon matters
     params = {"ln_1": norm(), "ln_2": norm(), "attn": ATTENTION}
     params["mlp"] = {"c_fc": layer(D, 4 * D), "c_proj": layer(4 * D, D)}
-    y, _ = gpt2.Block(CONFIG).apply({"params": params}, tiny, BIAS, None, 0)
+    y, _ = jax.jit(gpt2.Block(CONFIG).apply)({"params": params}, tiny, BIAS, None, 0)
     middle = tiny + np.asarray(attend(layer_norm(tiny, params["ln_1"]))[0])
     normed = layer_norm(middle, params["ln_2"])
     wanted = middle + np.asarray(gpt2.MLP(CONFIG).apply({"params": params["mlp"]}, normed))
     hint = f"layer norms have the config's epsilon, {CONFIG.layer_norm_epsilon}, not Flax's 1e-6"
     expect(y, wanted, hint, tolerance=1e-3)
+
+
+def apply(params, *inputs, **options):
+    model = gpt2.GPT2(CONFIG)
+    return jax.jit(lambda params: model.apply({"params": params}, *inputs, **options))(params)
 
 
 class Trunk(nn.Module):
@@ -147,14 +153,14 @@ class Trunk(nn.Module):
 def random_model(config):
     """(params, hidden states [2, 6, D], tokens, mask) of a model with random weights."""
     tokens, mask = RNG.integers(0, 17, (2, 6)), np.ones((2, 6), int)
-    params = Trunk(config).init(jax.random.key(0), tokens, mask)["params"]
-    params = jax.tree.map(lambda x: x + weights(*x.shape, scale=0.2), params)
-    return params, Trunk(config).apply({"params": params}, tokens, mask), tokens, mask
+    params = jax.jit(Trunk(config).init)(jax.random.key(0), tokens, mask)["params"]
+    params = jax.tree.map(lambda x: np.asarray(x) + weights(*x.shape, scale=0.2), params)
+    return params, jax.jit(Trunk(config).apply)({"params": params}, tokens, mask), tokens, mask
 
 
 def test_2_3_tied_head():
     params, hidden, tokens, mask = random_model(CONFIG)
-    logits = gpt2.GPT2(CONFIG).apply({"params": params}, tokens, mask)
+    logits = apply(params, tokens, mask)
     assert not isinstance(logits, tuple), "without a cache the result is the logits alone"
     assert logits.shape == (2, 6, 17), f"logits are [B, T, V] = (2, 6, 17), found {logits.shape}"
     assert logits.dtype == jnp.float32, f"logits are float32, found {logits.dtype}"
@@ -164,7 +170,7 @@ def test_2_3_tied_head():
 
 def test_2_3_logits_from():
     params, hidden, tokens, mask = random_model(CONFIG)
-    logits = gpt2.GPT2(CONFIG).apply({"params": params}, tokens, mask, logits_from=4)
+    logits = apply(params, tokens, mask, logits_from=4)
     wanted = (hidden @ params["wte"]["embedding"].T)[:, 4:]
     expect(logits, wanted, "logits_from=4: the logits of the positions from 4 on")
 
@@ -181,7 +187,7 @@ def test_2_3_untied_head():
 def test_2_3_cache():
     params, _, tokens, mask = random_model(CONFIG)
     cache = [(jnp.zeros((2, H, 6, D // H)),) * 2 for _ in range(2)]
-    result = gpt2.GPT2(CONFIG).apply({"params": params}, tokens, mask, cache=cache)
+    result = apply(params, tokens, mask, cache=cache)
     hint = "with a cache the result is (logits, new cache)"
     assert isinstance(result, tuple) and len(result) == 2, hint
     assert len(result[1]) == 2 and result[1][0] is not None, "the new cache is that of trunk"
@@ -228,7 +234,7 @@ def test_2_4_ends(sampled):
 
 def test_2_4_logprobs(sampled):
     params, _, (tokens, mask, logprobs) = sampled
-    logits = gpt2.GPT2(CONFIG).apply({"params": params}, tokens, mask)[:, P - 1 : -1]
+    logits = apply(params, tokens, mask)[:, P - 1 : -1]
     wanted = gpt2.token_logprobs(logits / 0.7, tokens[:, P:]) * mask[:, P:]
     hint = "logprobs are those of one pass over the whole text, of log_softmax(logits / 0.7)"
     expect(logprobs, wanted, hint, tolerance=1e-4)
@@ -248,7 +254,7 @@ def test_2_4_temperature_0():
     params, *_ = random_model(CONFIG)
     prompt = np.array([[5, 9]]), np.array([[1, 1]])
     tokens, mask, logprobs = gpt2.generate(params, CONFIG, *prompt, jax.random.key(0), 6, 0, -1)
-    logits = gpt2.GPT2(CONFIG).apply({"params": params}, tokens, mask)[:, 1:-1]
+    logits = apply(params, tokens, mask)[:, 1:-1]
     expect(tokens[:, 2:], logits.argmax(axis=-1), "temperature 0 takes the likeliest token")
     wanted = gpt2.token_logprobs(logits, tokens[:, 2:])
     hint = "at temperature 0 the log-probabilities are those of the logits themselves"
@@ -278,7 +284,7 @@ def test_2_4_filter():
     )
     hint = "filter_logits takes tokens away from what is drawn"
     assert set(np.asarray(tokens)[0, 2:].tolist()) <= {6, 7}, hint
-    logits = gpt2.GPT2(CONFIG).apply({"params": params}, tokens, mask)[:, 1:-1]
+    logits = apply(params, tokens, mask)[:, 1:-1]
     wanted = gpt2.token_logprobs(logits, tokens[:, 2:])
     hint = "log-probabilities are those before filter_logits"
     expect(logprobs, wanted, hint, tolerance=1e-4)

@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -39,7 +40,7 @@ def hidden_states(params, tokens, mask):
 
 def test_4_1_head(params):
     tokens, mask = RNG.integers(0, 17, (2, 6)), np.ones((2, 6), int)
-    scores = reward.RewardModel(CONFIG).apply({"params": params}, tokens, mask)
+    scores = jax.jit(reward.RewardModel(CONFIG).apply)({"params": params}, tokens, mask)
     assert scores.shape == (2, 6), f"one score for each position, [B, T], found {scores.shape}"
     wanted = (hidden_states(params, tokens, mask) @ params["score"]["kernel"])[..., 0]
     hint = "a score is the product of a position's vector with \"score\"'s weights, without a bias"
@@ -127,13 +128,14 @@ def random_pairs():
     return {"tokens": tokens, "mask": (np.arange(8) < lengths).astype(int), "margin": margin}
 
 
+@jax.jit
 def wanted_loss(params, batch):
     scores = []
     for i in (0, 1):
         flat = batch["tokens"][:, i], batch["mask"][:, i]
         at = reward.RewardModel(CONFIG).apply({"params": params}, *flat)
-        last = np.asarray(flat[1]).sum(axis=1) - 1
-        scores.append(at[np.arange(4), last])
+        last = flat[1].sum(axis=1) - 1
+        scores.append(at[jnp.arange(4), last])
     difference = scores[0] - scores[1] - batch["margin"]
     return -jax.nn.log_sigmoid(difference).mean() + 0.1 * ((scores[0] + scores[1]) ** 2).mean()
 
@@ -156,7 +158,7 @@ def test_4_3_loss_and_metrics(params):
 
 def test_4_3_update(params):
     batch = random_pairs()
-    grads = jax.jit(jax.grad(lambda x: wanted_loss(x, batch)))(params)
+    grads = jax.jit(jax.grad(wanted_loss))(params, batch)
     state, _ = step(params, batch)
     for name, leaf in (("score", "kernel"), ("wte", "embedding")):
         moved = np.asarray(state.params[name][leaf]) - params[name][leaf]

@@ -132,8 +132,10 @@ def test_5_3_gradient():
     one = np.ones((1, 1), np.float32)
 
     def slope(log_ratio, advantage):
-        f = lambda x: ppo.ppo_policy_loss(x, 0 * one, advantage * one, one, 0.2)[0]  # noqa: E731
-        return jax.grad(f)(log_ratio * one)[0, 0]
+        def loss(x):
+            return ppo.ppo_policy_loss(x, 0 * one, advantage * one, one, 0.2)[0]
+
+        return jax.grad(loss)(log_ratio * one)[0, 0]
 
     expect(slope(0.0, 1.0), -1.0, "at ratio 1 the loss falls as a good token becomes likelier")
     expect(slope(0.5, 1.0), 0.0, "a good token that is 1.65 times as likely has no more to gain")
@@ -162,8 +164,10 @@ def test_5_4_gradient():
     one = np.ones((1, 1), np.float32)
 
     def slope(value, old, returned):
-        f = lambda x: ppo.value_function_loss(x, old * one, returned * one, one, 0.2)[0]  # noqa: E731
-        return jax.grad(f)(value * one)[0, 0]
+        def loss(x):
+            return ppo.value_function_loss(x, old * one, returned * one, one, 0.2)[0]
+
+        return jax.grad(loss)(value * one)[0, 0]
 
     expect(slope(0.0, 0.0, 1.0), -1.0, "near the old value: the slope of 1/2 (V - G)^2")
     hint = "a value that has moved far enough towards its target moves no further"

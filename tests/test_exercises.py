@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT
 from wrong_attempts import WRONG
@@ -40,6 +41,7 @@ def load(script, text):
 def results():
     """results(exercise, text of its script) -> what the exercise's tests say of it."""
     modules, path = dict(sys.modules), list(sys.path)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiled sooner
 
     def forget():
         for name in [x for x in sys.modules if re.match("course$|conftest$|test_phase_", x)]:
@@ -52,6 +54,7 @@ def results():
         return check.run(COURSE, exercise.number[0], "-k", selected, *options)
 
     yield run
+    jax.config.update("jax_disable_most_optimizations", False)
     forget()
     sys.modules.update(modules)
     sys.path[:] = path

@@ -1,14 +1,14 @@
 """Two scripts side by side as one HTML page, aligned by definition.
 
-    python tools/compare.py ppo.py grpo.py              # writes ppo-grpo.html
+    python tools/compare.py ppo.py grpo.py             # writes ppo-grpo.html
     python tools/compare.py ppo.py grpo.py page.html
-    python tools/compare.py --all docs/compare          # all pages, and index.html: the map of them
-    python tools/compare.py --table                     # the README's table of the losses
-    python tools/compare.py --family docs/family.svg    # the README's picture of the scripts
+    python tools/compare.py --all docs/compare         # all pages, and index.html, their map
+    python tools/compare.py --table                    # the README's table of the losses
+    python tools/compare.py --family docs/family.svg   # the README's picture of the scripts
 
-A definition stands beside its namesake, or beside nothing. What is the same is folded, changed words
-are marked. On the page: n and p go to the next and the previous difference, o opens all, f folds all.
-Needs pygments (requirements-dev.txt).
+A definition stands beside its namesake, or beside nothing. What is the same is folded, changed
+words are marked. On the page: n and p go to the next and the previous difference, o opens all, f
+folds all. pygments, which colours the code, comes with rich.
 """
 
 import argparse
@@ -127,13 +127,12 @@ def read_parts(path):
         while end < first and not lines[end].strip():
             end += 1
         name = node_name(node, found)
-        text = "\n".join(lines[end : node.end_lineno])
         if name is None or name in found:
-            name = name or list(found)[-1]
-            old = found[name]
-            gap = "\n" * max(end - old.first - old.text.count("\n"), 1)
-            found[name] = old._replace(text=f"{old.text}{gap}{text}")
+            last = list(found)[-1]
+            text = "\n".join(lines[found[last].first - 1 : node.end_lineno])
+            found[last] = found[last]._replace(text=text)
         else:
+            text = "\n".join(lines[end : node.end_lineno])
             found[name] = Part(name, text, end + 1, section, below)
         end = node.end_lineno
     return list(found.values())
@@ -275,8 +274,6 @@ def code(tokens, marks, links):
 
 
 def cell(part, lines, links, index, marks, side):
-    if index is None:
-        return f'<div class="{side} none"></div>'
     content = code(lines[index], marks, links.get(index, []))
     return f'<div class="{side}"><i>{part.first + index}</i><code>{content or " "}</code></div>'
 
@@ -289,34 +286,47 @@ def row_lines(row):
     if row.state != "changed":
         side = {"same": "both", "left": "l", "right": "r"}[row.state]
         return [cell(*sides[0], i, [], side) for i in range(len(texts[0]))]
-    pairs, found, equal = line_pairs(left.text, right.text), [], []
+    pairs, found, equal, run = line_pairs(left.text, right.text), [], [], ([], [])
 
-    def flush(last):
+    def flush_equal(is_last):
         """Equal lines, of which a long run is folded but for those beside a difference."""
-        before, after = (CONTEXT if found else 0), (0 if last else CONTEXT)
+        before, after = (CONTEXT if found else 0), (0 if is_last else CONTEXT)
         if len(equal) > before + after + 3:
             hidden = equal[before : len(equal) - after]
             words = f"<summary>{len(hidden)} equal lines</summary>"
-            folded = (
-                f'<details class="equal">{words}<div class="pair">{"".join(hidden)}</div></details>'
-            )
-            equal[before : len(equal) - after] = [folded]
+            hidden = f'<div class="pair">{"".join(hidden)}</div>'
+            equal[before : len(equal) - after] = [
+                f'<details class="equal">{words}{hidden}</details>'
+            ]
         found.extend(equal)
         equal.clear()
 
+    def flush_run():
+        """Lines without a partner: those of the two sides beside one another."""
+        if any(run):
+            columns = (f'<div class="{side}">{"".join(x)}</div>' for side, x in zip("lr", run))
+            found.append(f'<div class="run">{"".join(columns)}</div>')
+        for side in run:
+            side.clear()
+
     for is_equal, i, j in pairs:
         if is_equal:
+            flush_run()
             cells = cell(*sides[0], i, [], "l same") + cell(*sides[1], j, [], "r same")
             equal.append(cells)
             continue
-        flush(last=False)
-        marks = [], []
-        if i is not None and j is not None:
-            marks = changed_words(texts[0][i], texts[1][j])
+        flush_equal(is_last=False)
+        if i is None or j is None:
+            side, index, name = (0, i, "l diff") if j is None else (1, j, "r diff")
+            run[side].append(cell(*sides[side], index, [], name))
+            continue
+        flush_run()
+        marks = changed_words(texts[0][i], texts[1][j])
         found.append(
             cell(*sides[0], i, marks[0], "l diff") + cell(*sides[1], j, marks[1], "r diff")
         )
-    flush(last=True)
+    flush_run()
+    flush_equal(is_last=True)
     return found
 
 
@@ -325,8 +335,9 @@ def row_html(row, names):
     word = words.get(row.state, f"only in {names[row.state == 'right']}")
     is_open = " open" if row.state != "same" else ""
     kind = "pair" if row.state != "same" else "one"
+    anchor = row.name.replace(" ", "-")
     return (
-        f'<details class="part {row.state}" id="{html.escape(row.name.replace(" ", "-"))}"{is_open}>'
+        f'<details class="part {row.state}" id="{anchor}"{is_open}>'
         f"<summary><b>{html.escape(row.name)}</b> <em>{word}</em></summary>"
         f'<div class="{kind}">{"".join(row_lines(row))}</div></details>'
     )
@@ -351,7 +362,8 @@ STYLE = """
   --rule: #30363d; --head: #161b22; --left: #2d1719; --right: #12261b; --mark-l: #7d2a2c;
   --mark-r: #1d5c33; --link: #79b8ff; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif; }
 header, main { padding: 0 1rem; }
 header { position: sticky; top: 0; z-index: 1; background: var(--page);
   border-bottom: 1px solid var(--rule); padding-bottom: .5rem; }
@@ -363,26 +375,28 @@ button { font: inherit; padding: .25rem .6rem; margin: .2rem .3rem .2rem 0; colo
   background: var(--head); border: 1px solid var(--rule); border-radius: .3rem; cursor: pointer; }
 kbd { font: 12px ui-monospace, monospace; border: 1px solid var(--rule); border-radius: 3px;
   padding: 0 .25rem; color: var(--soft); }
-details.part { border: 1px solid var(--rule); border-radius: .4rem; margin: .35rem 0; overflow: hidden; }
+details.part { border: 1px solid var(--rule); border-radius: .4rem; margin: .35rem 0;
+  overflow: hidden; }
 summary { cursor: pointer; padding: .3rem .6rem; }
 details.part > summary { background: var(--head); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: -3px; }
 em { font-style: normal; color: var(--soft); font-size: .85em; margin-left: .5rem; }
 .changed > summary em, .left > summary em, .right > summary em { color: var(--text);
-  border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; }
+  border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; white-space: nowrap; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; }
-.pair > details { grid-column: 1 / -1; }
+.pair > details, .pair > .run { grid-column: 1 / -1; }
+.pair > .run { display: grid; grid-template-columns: 1fr 1fr; }
+.run > .l { border-right: 1px solid var(--rule); }
 .pair > details > summary { color: var(--soft); font-size: .85em; background: var(--head); }
 .pair > .l { grid-column: 1; border-right: 1px solid var(--rule); }
 .pair > .r { grid-column: 2; }
-.one > div, .pair > div { display: flex; min-width: 0; }
+.one > div, .pair > .l, .pair > .r, .run > div > div { display: flex; min-width: 0; }
 i { flex: none; width: 3.2em; padding-right: .7em; text-align: right; font: 12px/20px ui-monospace,
   monospace; color: var(--soft); user-select: none; }
 code { font: 13px/20px ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; min-width: 0; }
 .l.diff, .left .l { background: var(--left); }
 .r.diff, .right .r { background: var(--right); }
-.none { background: repeating-linear-gradient(45deg, transparent 0 6px, var(--head) 6px 12px) !important; }
 .l mark { background: var(--mark-l); } .r mark { background: var(--mark-r); }
 mark { color: inherit; border-radius: 2px; text-decoration: underline dotted; }
 details.below { margin: 1.5rem 0; border-top: 3px double var(--rule); }
@@ -390,17 +404,21 @@ details.below > summary { font-weight: bold; padding: .7rem 0; }
 .papers { color: var(--soft); font-size: .9em; margin: .6rem 0; }
 @media (max-width: 800px) {
   header { position: static; }
-  .pair { grid-template-columns: 1fr; }
+  .pair, .pair > .run { grid-template-columns: 1fr; }
   .pair > .l, .pair > .r { grid-column: 1; border-right: 0; }
-  .pair > .r.same, .pair > .none { display: none; }
-  .l.diff code::before { content: "− "; } .r.diff code::before { content: "+ "; }
+  .pair > .r.same { display: none; }
+  .run > .l { border-right: 0; }
+  .l.diff code::before { content: "- "; }
+  .r.diff code::before { content: "+ "; }
   i { width: 2.6em; } code { font-size: 12px; }
 }
 """
 SCRIPT = """
 const all = () => [...document.querySelectorAll("details.part")];
 const differences = () => all().filter(x => !x.classList.contains("same"));
-const show = x => { for (let y = x; y; y = y.parentElement) if (y.tagName == "DETAILS") y.open = true; };
+function show(x) {
+  for (; x; x = x.parentElement) if (x.tagName == "DETAILS") x.open = true;
+}
 function go(step) {
   const found = differences();
   const at = found.findIndex(x => x.contains(document.activeElement));
@@ -454,50 +472,37 @@ def compare(left, right, back=""):
     counts = {
         state: sum(x.state == state for x in rows) for state in ("same", "changed", "left", "right")
     }
-    papers = sorted(
-        {
-            re.sub(r"\s+", " ", x)
-            for p in (left, right)
-            for x in CITATION.findall(Path(p).read_text("utf-8"))
-        }
-    )
+    texts = [Path(x).read_text("utf-8") for x in (left, right)]
+    papers = sorted({re.sub(r"\s+", " ", x) for text in texts for x in CITATION.findall(text)})
     links = " · ".join(f'<a href="{PAPERS[x]}">{x}</a>' for x in papers)
     above = [x for x in rows if not (x.left or x.right).below]
     below = [x for x in rows if (x.left or x.right).below]
-    changed = sum(x.state != "same" for x in below)
-    words = f"Below the line: {len(below)} definitions, {changed} of them not the same"
-    buttons = "".join(
-        f'<button data-key="{key}">{word} <kbd>{key}</kbd></button>'
-        for key, word in (
-            ("n", "next difference"),
-            ("p", "previous"),
-            ("o", "open all"),
-            ("f", "fold all"),
-        )
-    )
     titled = " and ".join(html.escape(x) for x in names)
+    keys = {"n": "next difference", "p": "previous", "o": "open all", "f": "fold all"}
+    buttons = [f'<button data-key="{x}">{word} <kbd>{x}</kbd></button>' for x, word in keys.items()]
+    total = f"{counts['same']} the same · {counts['changed']} changed · "
+    total += f"{counts['left']} only in {names[0]} · {counts['right']} only in {names[1]}"
     body = (
-        f"<header>{back}<h1>{titled}</h1><div>{counts['same']} the same · {counts['changed']} changed · "
-        f"{counts['left']} only in {html.escape(names[0])} · {counts['right']} only in {html.escape(names[1])}</div>"
-        f"<div>{buttons}</div></header>\n<main>"
-        + (f'<p class="papers">Papers: {links}</p>' if papers else "")
-        + sections_html(above, names)
-        + (
-            f'<details class="below"><summary>{words}</summary>{sections_html(below, names)}</details>'
-            if below
-            else ""
-        )
-        + "</main>"
+        f"<header>{back}<h1>{titled}</h1><div>{total}</div><div>{''.join(buttons)}</div></header>"
     )
+    body += f'\n<main><p class="papers">Papers: {links}</p>' if papers else "\n<main>"
+    body += sections_html(above, names)
+    if below:
+        changed = sum(x.state != "same" for x in below)
+        words = f"Below the line: {len(below)} definitions, {changed} of them not the same"
+        body += f'<details class="below"><summary>{words}</summary>'
+        body += f"{sections_html(below, names)}</details>"
+    body += "</main>"
     return document(titled, STYLE + colours(), body, SCRIPT)
 
 
-# ---------------------------------------------------------------------------------------- all of them
+# -------------------------------------------------------------------------------------- all of them
 
 
 def read_family():
     """{script: the script it grows from, or None}, from the README's table of the files."""
     text = (ROOT / "README.md").read_text("utf-8")
+    text = text[text.index("\n## The files") :].split("\n## ")[1]
     rows = re.findall(r"^\| `(\w+)\.py` \|.*\| (?:`(\w+)\.py`)? ?\|$", text, re.MULTILINE)
     has_line = [
         x
@@ -561,10 +566,10 @@ def write_all(folder):
     )
     head = "".join(f"<th>{name}.py</th>" for name in parts)
     body = (
-        "<main><h1>All scripts, all definitions</h1><p>first: the first script that has it, whose text the "
-        "others copy. A cell leads to the page of the two, at that definition.</p>"
-        f"<p>Which file grows from which: {grown}</p>"
-        f"<table><thead><tr><th>definition</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></main>"
+        "<main><h1>All scripts, all definitions</h1><p>first: the first script that has it, whose "
+        "text the others copy. A cell leads to the page of the two, at that definition.</p>"
+        f"<p>Which file grows from which: {grown}</p><table><thead><tr><th>definition</th>{head}"
+        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></main>"
     )
     index = document("All scripts, all definitions", STYLE + MAP_STYLE, body)
     (folder / "index.html").write_text(index, "utf-8")
@@ -614,9 +619,8 @@ def family_svg():
         if parent:
             px, py = 8 + places[parent][0] * across + width, 8 + places[parent][1] * down
             middle = (px + x0) / 2
-            shapes.append(
-                f'<path d="M{px} {py}C{middle} {py} {middle} {y0 + height / 2} {x0} {y0 + height / 2}"/>'
-            )
+            y1 = y0 + height / 2
+            shapes.append(f'<path d="M{px} {py}C{middle} {py} {middle} {y1} {x0} {y1}"/>')
             new = len([x for x in parts[name] if x not in parts[parent]])
             words = f"{new} definitions of its own"
         else:
@@ -633,7 +637,7 @@ def family_svg():
         "@media(prefers-color-scheme:dark){rect{fill:#161b22}text{fill:#e6edf3}.w{fill:#9aa4af}}"
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" height="{h:g}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}">'
         f"<title>Which file grows from which</title><style>{style}</style>\n"
         + "\n".join(shapes)
         + "\n</svg>\n"
