@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -15,6 +16,22 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiled sooner, runs slower
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def start_random_numbers(item):
+    """A test's random numbers do not depend on which tests ran before it."""
+    if hasattr(item.module, "RNG"):
+        item.module.RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    start_random_numbers(item)  # for the fixtures
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    start_random_numbers(pyfuncitem)
 
 
 @pytest.hookimpl(hookwrapper=True)

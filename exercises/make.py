@@ -76,11 +76,13 @@ def as_comment(exercise, indent, width=99):
     """The exercise's text as lines of comments."""
     facts = f"{exercise.concept} · {exercise.minutes} minutes · after {exercise.after}"
     lines = [f"EXERCISE {exercise.number}: {exercise.title}", "", facts, ""]
-    for line in exercise.text.splitlines():
-        line = line.replace("**", "")
-        hang = " " * (len(line) - len(line.lstrip("0123456789.- ")))  # below a list's text
-        wrapped = textwrap.wrap(line, width - 2 - len(indent), subsequent_indent=hang)
-        lines += wrapped or [""]
+    was_item = False
+    for paragraph in re.split(r"\n\n|\n(?=\d\. )", exercise.text.replace("**", "")):
+        is_item = re.match(r"\d\. ", paragraph) is not None
+        if lines[-1] and not (is_item and was_item):
+            lines.append("")
+        text, hang, was_item = " ".join(paragraph.split()), "   " * is_item, is_item
+        lines += textwrap.wrap(text, width - 2 - len(indent), subsequent_indent=hang)
     rule = indent + "# " + "~" * (width - 2 - len(indent))
     return [rule, *(f"{indent}# {line}".rstrip() for line in lines), rule]
 
@@ -98,7 +100,9 @@ def blank(source, exercises, file):
             body = node.body[0].end_lineno + 1 if has_docstring else node.body[0].lineno
             above = min([node.lineno, *(x.lineno for x in node.decorator_list)])
             indent = " " * node.col_offset
-            comment = [f"{indent}# EXERCISE {exercise.number}, too: {exercise.functions[0]}'s text"]
+            comment = [
+                f"{indent}# EXERCISE {exercise.number}, too; its text: {exercise.functions[0]}"
+            ]
             edits.append((above, body, node.end_lineno, indent, exercise, comment * bool(i)))
     for above, body, end, indent, exercise, comment in sorted(
         edits, reverse=True, key=lambda x: x[0]
@@ -153,9 +157,8 @@ def main():
         print(index(exercises), end="")
     elif arguments.folder:
         make(arguments.folder, exercises)
-        print(
-            f"{arguments.folder}: {len(exercises)} exercises. Begin with the text above linear in"
-        )
+        first = "Begin with the text above init_linear in"
+        print(f"{arguments.folder}: {len(exercises)} exercises. {first}")
         print(f"{arguments.folder}/jax_basics.py, then: pytest {arguments.folder}/test_phase_1.py")
     else:
         parser.error("name the folder to make, such as my_course")

@@ -96,7 +96,7 @@ def test_5_2_returns():
 
 
 def test_5_3_value():
-    new, old = normal(B, R, scale=0.3), normal(B, R, scale=0.3)
+    new, old = normal(B, R, scale=0.5), normal(B, R, scale=0.5)
     advantages = normal(B, R)
     ratio = np.exp(new - old)
     gain = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)

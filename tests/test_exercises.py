@@ -127,11 +127,11 @@ def test_wrong_attempt_is_named(number, attempt, results):
     text = source(exercise)
     node = make.find_definition(ast.parse(text), function)
     lines = text.splitlines(keepends=True)
-    body = "".join(lines[node.lineno - 1 : node.end_lineno])
-    assert right in body, (
-        f"{what!r} of {number} edits a text that {function} no longer has: {right}"
-    )
-    lines[node.lineno - 1 : node.end_lineno] = [body.replace(right, wrong, 1)]
+    first = node.lineno - 1 if ast.get_docstring(node) is None else node.body[0].end_lineno
+    body = "".join(lines[first : node.end_lineno])
+    gone = f"{what!r} of {number} edits a text that {function} no longer has: {right}"
+    assert right in body, gone
+    lines[first : node.end_lineno] = [body.replace(right, wrong, 1)]
     failed = [x for x in results(exercise, "".join(lines), "-x").found if not x.passed]
     assert failed, f"no test of {number} fails on {what!r}"
     assert "Error" not in failed[0].message.split(":")[0], f"no message of ours: {failed[0]}"
