@@ -184,6 +184,14 @@ def test_2_3_untied_head():
     expect(logits, hidden @ params["lm_head"]["embedding"].T, hint)
 
 
+def test_2_3_read():
+    params, hidden, tokens, mask = random_model(CONFIG)
+    read = (gpt2.token_logprobs, tokens[:, 1:])
+    wanted = gpt2.token_logprobs((hidden @ params["wte"]["embedding"].T)[:, :-1], tokens[:, 1:])
+    hint = "with read: what read_in_blocks(config, table, x, *read) gives"
+    expect(apply(params, tokens, mask, read=read), wanted, hint, tolerance=1e-4)
+
+
 def test_2_3_cache():
     params, _, tokens, mask = random_model(CONFIG)
     cache = [(jnp.zeros((2, H, 6, D // H)),) * 2 for _ in range(2)]

@@ -200,7 +200,8 @@ def case():
 
 def wanted_loss(params, batch, entropy_coef=ARGS.entropy_coef, temperature=ARGS.temperature):
     tokens, mask = batch["tokens"], batch["mask"]
-    logits = ppo.response_logits(params["policy"], CONFIG, tokens, mask, P, temperature)
+    logits = ppo.GPT2(CONFIG).apply({"params": params["policy"]}, tokens, mask)
+    logits = logits[:, P - 1 : -1] / temperature
     kept, chosen = mask[:, P:].astype(jnp.float32), jax.nn.log_softmax(logits)
     logprobs = jnp.take_along_axis(chosen, tokens[:, P:, None], axis=-1)[..., 0]
     loss, _ = ppo.ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], kept, 0.2)

@@ -77,11 +77,11 @@ def test_7_1_rows(sampled):
 
 def scores_of(rewards, ended, penalty=0.5):
     """score() of as many texts as `ended` has; rewards: Rewards."""
-    n = len(ended)
+    n, args = len(ended), grpo.Args(missing_eos_penalty=penalty)
     empty = np.zeros((n, 1), np.float32)
     rollout = grpo.Rollout(empty, empty, empty, empty, empty, np.array(ended))
     rows = [{"prompt": "p", "length": float(i)} for i in range(n)]
-    return grpo.score(rollout, rows, [f"text {i}" for i in range(n)], rewards, penalty)
+    return grpo.score(rollout, rows, [f"text {i}" for i in range(n)], rewards, args)
 
 
 def length(prompts, completions, length, **_):

@@ -1,5 +1,7 @@
 """Phase 8, advanced: what your sharded.py, mixed_precision.py, iterative_dpo.py, evaluate.py do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import evaluate
 import iterative_dpo
+import lora
 import mixed_precision
 import sharded
 
@@ -278,3 +281,52 @@ def test_8_4_others_and_small_beta():
     expect(found[0, 0], np.full(3, np.log(6)), "one sample of 6: a KL of log 6")
     best = gold[np.arange(3), rewards.argmax(axis=1)]
     expect(found[2, 0], best, "others are weighted alike: by rewards, not by themselves")
+
+
+LORA = lora.Args(lora_rank=2, lora_alpha=6, rslora=False)
+
+
+def random_layer():
+    """(params of a layer [4] -> [3, 2], an adapter of it, x)."""
+    params = {"c_attn": {"kernel": normal(4, 3, 2), "bias": normal(3, 2)}}
+    adapter = {"lora_A": {"kernel": normal(4, 2)}, "lora_B": {"kernel": normal(2, 3, 2)}}
+    return params, {"c_attn": adapter}, normal(5, 4)
+
+
+def adapted(scale, params, adapter):
+    a, b = (adapter["c_attn"][name]["kernel"] for name in ("lora_A", "lora_B"))
+    return params["c_attn"]["kernel"] + scale * np.tensordot(a, b, 1)
+
+
+def test_8_5_attach():
+    params, adapter, _ = random_layer()
+    found = lora.attach(params, adapter, LORA)["c_attn"]
+    assert set(found) == {"kernel", "bias", "lora_A", "lora_B"}, f"both trees in one: {set(found)}"
+    expect(found["kernel"], params["c_attn"]["kernel"], "the layer's own weights stay")
+    a, b = (adapter["c_attn"][name]["kernel"] for name in ("lora_A", "lora_B"))
+    hint = "A is multiplied by alpha / r, 6 / 2, and B is not"
+    expect(found["lora_A"]["kernel"], 3 * a, hint)
+    expect(found["lora_B"]["kernel"], b, hint)
+    root = lora.attach(params, adapter, dataclasses.replace(LORA, rslora=True))
+    expect(root["c_attn"]["lora_A"]["kernel"], 6 / 2**0.5 * a, "rslora: alpha / sqrt(r)")
+
+
+def test_8_5_layer():
+    params, adapter, x = random_layer()
+    layer = lora.LoRADense((3, 2))
+    kernel, bias = params["c_attn"]["kernel"], params["c_attn"]["bias"]
+    plain = layer.apply({"params": params["c_attn"]}, x)
+    expect(plain, np.tensordot(x, kernel, 1) + bias, "without A and B it is a plain layer")
+    both = layer.apply({"params": params["c_attn"] | adapter["c_attn"]}, x)
+    wanted = np.tensordot(x, adapted(1.0, params, adapter), 1) + bias
+    expect(both, wanted, "with A and B: x A B more, without a bias of their own", tolerance=1e-4)
+
+
+def test_8_5_merge():
+    params, adapter, _ = random_layer()
+    before = params["c_attn"]["kernel"].copy()
+    found = lora.merge(params, adapter, LORA)["c_attn"]
+    assert set(found) == {"kernel", "bias"}, f"a plain tree, without A and B: {set(found)}"
+    hint = "W + (alpha / r) A B"
+    expect(found["kernel"], adapted(3.0, params, adapter), hint, tolerance=1e-4)
+    expect(params["c_attn"]["kernel"], before, "do not change the tree that you were given")

@@ -30,8 +30,7 @@ WRONG = {
             "the loss after",
             "train_step",
             "    return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads), loss",
-            "    new = jax.tree.map(lambda p, g: p - learning_rate * g, params, grads)\n"
-            "    return new, mean_squared_error(new, x, y)",
+            "    new = jax.tree.map(lambda p, g: p - learning_rate * g, params, grads)\n    return new, mean_squared_error(new, x, y)",
             "before the step",
         ),
     ],
@@ -64,13 +63,8 @@ WRONG = {
         (
             "a Python loop",
             "discounted_returns",
-            "    _, returns = jax.lax.scan(backwards, jnp.zeros(len(rewards)), rewards.T, reverse=True)"
-            "\n    return returns.T",
-            "    later, found = jnp.zeros(len(rewards)), []\n"
-            "    for reward in rewards.T[::-1]:\n"
-            "        later, _ = backwards(later, reward)\n"
-            "        found.append(later)\n"
-            "    return jnp.stack(found[::-1], axis=1)",
+            "    _, returns = jax.lax.scan(backwards, jnp.zeros(len(rewards)), rewards.T, reverse=True)\n    return returns.T",
+            "    later, found = jnp.zeros(len(rewards)), []\n    for reward in rewards.T[::-1]:\n        later, _ = backwards(later, reward)\n        found.append(later)\n    return jnp.stack(found[::-1], axis=1)",
             "use lax.scan",
         ),
     ],
@@ -122,11 +116,31 @@ WRONG = {
             "if True:",
             "lm_head",
         ),
-        ("always tied", "GPT2.__call__", 'name="lm_head")', 'name="lm_head") and head', "lm_head"),
         ("the old cache", "GPT2.__call__", "(logits, new_cache)", "(logits, cache)", "not the old"),
+        (
+            "the input table",
+            "unembed",
+            '"btd,vd->btv", x, table',
+            '"btd,vd->btv", x, 2 * table',
+            "token's row",
+        ),
+        ("read ignored", "GPT2.__call__", "if read:", "if False:", "with read"),
+        (
+            "always tied",
+            "GPT2.__call__",
+            "if not self.config.tie_word_embeddings:",
+            "if False:",
+            "lm_head",
+        ),
     ],
     "2.4": [
-        ("tiled", "generate", "jnp.repeat(x, num_samples, axis=0)", "TILE", "side by side"),
+        (
+            "tiled",
+            "generate",
+            "lambda x: jnp.repeat(x, num_samples, axis=0)",
+            "lambda x: jnp.concatenate([x] * num_samples)",
+            "side by side",
+        ),
         ("one key", "generate", "jax.random.fold_in(key, step)", "key", "a new key for each"),
         (
             "no temperature",
@@ -135,13 +149,7 @@ WRONG = {
             "logits[:, 0]",
             "0.7",
         ),
-        (
-            "goes on after EOS",
-            "generate",
-            "ended | (token == eos_id)",
-            "ended",
-            "0 after EOS",
-        ),
+        ("goes on after EOS", "generate", "ended | (token == eos_id)", "ended", "0 after EOS"),
         (
             "the column before",
             "generate",
@@ -172,17 +180,10 @@ WRONG = {
             "a mean of means",
             "cross_entropy_loss",
             "    loss = -jnp.sum(token_logprobs(logits, targets) * mask) / count",
-            "    rows = -jnp.sum(token_logprobs(logits, targets) * mask, axis=1)\n"
-            "    loss = jnp.mean(rows / jnp.maximum(mask.sum(axis=1), 1))",
+            "    rows = -jnp.sum(token_logprobs(logits, targets) * mask, axis=1)\n    loss = jnp.mean(rows / jnp.maximum(mask.sum(axis=1), 1))",
             "rows' means",
         ),
-        (
-            "nan",
-            "cross_entropy_loss",
-            "jnp.maximum(mask.sum(), 1)",
-            "mask.sum()",
-            "not NaN",
-        ),
+        ("nan", "cross_entropy_loss", "jnp.maximum(mask.sum(), 1)", "mask.sum()", "not NaN"),
         (
             "accuracy of padding",
             "cross_entropy_loss",
@@ -194,24 +195,23 @@ WRONG = {
     "3.2": [
         (
             "no shift",
-            "train_step",
-            'batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]\n'
-            "        return cross_entropy_loss(logits[:, :-1]",
-            'batch["tokens"], batch["loss_mask"]\n        return cross_entropy_loss(logits',
+            "batch_loss",
+            'batch["tokens"][:, 1:], loss_mask)',
+            'batch["tokens"][:, :-1], loss_mask)',
             "predict the token at t + 1",
         ),
         (
             "the mask of the position",
-            "train_step",
-            'batch["loss_mask"][:, 1:]\n        return',
-            'batch["loss_mask"][:, :-1]\n        return',
+            "batch_loss",
+            'batch["loss_mask"][:, 1:]',
+            'batch["loss_mask"][:, :-1]',
             "loss_mask[:, 1:]",
         ),
         (
             "trains on the prompt",
-            "train_step",
-            'batch["loss_mask"][:, 1:]\n        return',
-            'batch["mask"][:, 1:]\n        return',
+            "batch_loss",
+            'batch["loss_mask"][:, 1:]',
+            'batch["mask"][:, 1:]',
             "prompt's tokens",
         ),
         (
@@ -233,24 +233,30 @@ WRONG = {
         (
             "no shift in the count",
             "eval_step",
-            "loss_mask.sum()",
+            'batch["loss_mask"][:, 1:].sum()',
             'batch["loss_mask"].sum()',
             "count",
         ),
         (
             "the prompt, too",
             "eval_step",
-            'batch["loss_mask"][:, 1:]',
-            'batch["mask"][:, 1:]',
-            "loss",
+            'batch["loss_mask"][:, 1:].sum()',
+            'batch["mask"][:, 1:].sum()',
+            "over how many tokens",
         ),
-        ("rows", "eval_step", "loss_mask.sum()", "len(loss_mask)", "over how many tokens"),
         (
-            "all targets early",
+            "rows",
             "eval_step",
-            'batch["tokens"][:, 1:]',
-            'batch["tokens"][:, :-1]',
-            "shift",
+            'batch["loss_mask"][:, 1:].sum()',
+            'len(batch["mask"])',
+            "over how many tokens",
+        ),
+        (
+            "the prompt's loss",
+            "eval_step",
+            "config, batch)[1]",
+            'config, {**batch, "loss_mask": batch["mask"]})[1]',
+            "held-out completions",
         ),
     ],
     "4.1": [
@@ -448,8 +454,8 @@ WRONG = {
         (
             "no temperature",
             "train_step",
-            "prompt_length, args.temperature\n",
-            "prompt_length, 1.0\n",
+            "prompt_length, args.temperature)",
+            "prompt_length, 1.0)",
             "sampled from",
         ),
         (
@@ -467,7 +473,13 @@ WRONG = {
             "(state, jnp.bool_(False)), (",
             "stop_kl",
         ),
-        ("stopped entropy", "train_step", "if not args.entropy_coef:", "if True:", "no effect"),
+        (
+            "entropy without gradient",
+            "train_step",
+            "masked_mean(entropies, response_mask)",
+            "jax.lax.stop_gradient(masked_mean(entropies, response_mask))",
+            "no effect",
+        ),
     ],
     "5.6": [
         ("biased", "whiten", " * count / jnp.maximum(count - 1, 1)", "", "unbiased"),
@@ -514,7 +526,7 @@ WRONG = {
             "dpo_loss",
             "(policy_rejected - ref_rejected)",
             "(policy_rejected - ref_chosen)",
-            "log ratio",
+            "policy equal to reference",
         ),
         ("no beta", "dpo_loss", "rejected = beta * (", "rejected = (", "beta"),
         (
@@ -780,11 +792,25 @@ WRONG = {
             "",
         ),
     ],
+    "8.5": [
+        ("no scale", "attach", "scale * x if", "x if", "alpha / r"),
+        (
+            "both scaled",
+            "attach",
+            'scale * x if "lora_A" in p',
+            'scale * x if "lora_" in str(p)',
+            "B is not",
+        ),
+        (
+            "always the root",
+            "attach",
+            "args.lora_rank**0.5 if args.rslora else args.lora_rank",
+            "args.lora_rank**0.5",
+            "alpha / r",
+        ),
+        ("never", "LoRADense.__call__", 'self.has_variable("params", "lora_A")', "False", "x A B"),
+        ("in place of W", "LoRADense.__call__", "y += layer", "y = layer", "x A B"),
+        ("B kept", "merge", "B = flat.pop((", "B = flat.get((", "without A and B"),
+        ("not added", "merge", "+= jnp.tensordot", "= jnp.tensordot", "W + (alpha"),
+    ],
 }
-WRONG["2.4"][0] = (
-    "tiled",
-    "generate",
-    "lambda x: jnp.repeat(x, num_samples, axis=0)",
-    "lambda x: jnp.concatenate([x] * num_samples)",
-    "side by side",
-)

@@ -37,6 +37,7 @@ PAPERS = {
     "Hu et al. 2021": f"{ARXIV}2106.09685",
     "Hu et al. 2022": f"{ARXIV}2106.09685",
     "Huang et al. 2024": f"{ARXIV}2403.17031",
+    "Kalajdzievski 2023": f"{ARXIV}2312.03732",
     "Liu et al. 2024": f"{ARXIV}2309.06657",
     "Liu et al. 2025": f"{ARXIV}2503.20783",
     "Micikevicius et al. 2018": f"{ARXIV}1710.03740",
