@@ -23,6 +23,7 @@ import make
 
 EXERCISES = {x.number: x for x in make.read_exercises()}
 NUMBERS = sorted(EXERCISES)
+WITH_MODELS = "2.1 2.2 2.3 2.4 3.2 3.3 4.1 4.3 5.5 6.1 6.3 7.1 8.2".split()  # they compile more
 
 
 def source(exercise):
@@ -113,7 +114,8 @@ def test_reference_passes_and_placeholder_fails(number, results):
 def all_attempts():
     for number, found in WRONG.items():
         for attempt in found:
-            yield pytest.param(number, attempt, id=f"{number} {attempt[0]}")
+            marks = [pytest.mark.slow] if number in WITH_MODELS else []
+            yield pytest.param(number, attempt, id=f"{number} {attempt[0]}", marks=marks)
 
 
 def test_two_wrong_attempts_at_each():

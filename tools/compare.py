@@ -377,7 +377,7 @@ button { font: inherit; padding: .25rem .6rem; margin: .2rem .3rem .2rem 0; colo
 kbd { font: 12px ui-monospace, monospace; border: 1px solid var(--rule); border-radius: 3px;
   padding: 0 .25rem; color: var(--soft); }
 details.part { border: 1px solid var(--rule); border-radius: .4rem; margin: .35rem 0;
-  overflow: hidden; }
+  overflow: hidden; scroll-margin-top: 6.5rem; }
 summary { cursor: pointer; padding: .3rem .6rem; }
 details.part > summary { background: var(--head); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: -3px; }
@@ -405,6 +405,7 @@ details.below > summary { font-weight: bold; padding: .7rem 0; }
 .papers { color: var(--soft); font-size: .9em; margin: .6rem 0; }
 @media (max-width: 800px) {
   header { position: static; }
+  details.part { scroll-margin-top: 0; }
   .pair, .pair > .run { grid-template-columns: 1fr; }
   .pair > .l, .pair > .r { grid-column: 1; border-right: 0; }
   .pair > .r.same { display: none; }
@@ -428,8 +429,7 @@ function go(step) {
   if (!next) return;
   show(next);
   next.firstElementChild.focus({ preventScroll: true });
-  const top = next.getBoundingClientRect().top + scrollY;
-  scrollTo(0, top - document.querySelector("header").offsetHeight - 8);
+  next.scrollIntoView();
 }
 const setAll = open => document.querySelectorAll("main details").forEach(x => x.open = open);
 const keys = { n: () => go(1), p: () => go(-1), o: () => setAll(true), f: () => setAll(false) };
@@ -441,8 +441,7 @@ function arrive() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;
   show(target);
-  const top = target.getBoundingClientRect().top + scrollY;
-  scrollTo(0, top - document.querySelector("header").offsetHeight - 8);
+  target.scrollIntoView();
 }
 addEventListener("hashchange", arrive);
 arrive();
