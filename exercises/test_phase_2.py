@@ -66,7 +66,10 @@ def test_2_1_sees_nothing_later():
     changed = X.reshape(B, T, D).copy()
     changed[:, -1] += 1
     before, after = (np.asarray(attend(x.reshape(-1, D))[0]).reshape(B, T, D) for x in (X, changed))
-    hint = "a later position changes an earlier one: add bias to the scores, before the softmax"
+    hint = (
+        "a later position changes an earlier one: add bias to the scores, before the softmax (and "
+    )
+    hint += "if it is there: T and the heads are mixed up where the heads are joined again)"
     expect(after[1, :-1], before[1, :-1], hint)
 
 

@@ -78,7 +78,7 @@ WRONG = {
             "Attention.__call__",
             ".swapaxes(1, 2).reshape(x.shape)",
             ".reshape(x.shape)",
-            "heads' order",
+            "the heads are mixed up",
         ),
         ("the old cache", "Attention.__call__", "cache = (k, v)", "pass", "in the cache"),
     ],
