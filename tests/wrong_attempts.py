@@ -696,13 +696,6 @@ WRONG = {
             "stays whole",
         ),
         ("always even", "shardings", "(even and size", "(size", "although"),
-        (
-            "the last pattern",
-            "shardings",
-            "for pattern, spec in RULES.items()",
-            "for pattern, spec in reversed(RULES.items())",
-            "",
-        ),
     ],
     "8.2": [
         (
