@@ -40,7 +40,12 @@ def hidden_states(params, tokens, mask):
 
 def test_4_1_head(params):
     tokens, mask = RNG.integers(0, 17, (2, 6)), np.ones((2, 6), int)
-    scores = jax.jit(reward.RewardModel(CONFIG).apply)({"params": params}, tokens, mask)
+    try:
+        scores = jax.jit(reward.RewardModel(CONFIG).apply)({"params": params}, tokens, mask)
+    except Exception as error:
+        hint = 'the head is one layer named "score" with a kernel alone, without a bias'
+        assert "ScopeParamNotFound" not in type(error).__name__, f"{hint}: {error}"
+        raise
     assert scores.shape == (2, 6), f"one score for each position, [B, T], found {scores.shape}"
     wanted = (hidden_states(params, tokens, mask) @ params["score"]["kernel"])[..., 0]
     hint = "a score is the product of a position's vector with \"score\"'s weights, without a bias"
