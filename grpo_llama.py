@@ -14,7 +14,8 @@ get are lists of messages, too: TRL's [{"role": "assistant", "content": …}].
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 \\
         python grpo_llama.py … --fsdp 4 --tensor 2       # simulated devices
 
-More: docs/llama.md, docs/many_devices.md. Compare: diff sharded.py grpo_llama.py.
+More: docs/llama.md, docs/many_devices.md.
+Compare: diff sharded.py grpo_llama.py.
 """
 
 import sys
@@ -1387,7 +1388,7 @@ def load_config(folder):
 def load_rotary(path, saved):
     """{"rope_theta", "rope_scaling"} of a config.json, from its entries of today or of old."""
     found = {"rope_theta": saved.get("rope_theta", 10000.0)}
-    found |= saved.get("rope_scaling", {}) | saved.get("rope_parameters", {})
+    found |= (saved.get("rope_scaling") or {}) | (saved.get("rope_parameters") or {})
     kind = found.get("rope_type", found.get("type", "default"))
     known = kind in ("default", "llama3") and found.get("partial_rotary_factor", 1) == 1
     check(known, f"{path}: of the rotary positions, Llama 1 to 3's are implemented, not {found}")
