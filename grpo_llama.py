@@ -422,7 +422,7 @@ def save_from_mesh(folder, config, params, source):
 
 def save_adapter_from_mesh(folder, adapter, args):
     """save_adapter by process 0."""
-    adapter = process_allgather(adapter, tiled=True)
+    adapter = jax.tree.map(jnp.asarray, process_allgather(adapter, tiled=True))
     if jax.process_index() == 0:
         save_adapter(folder, adapter, args, prefix="model", fan_in_fan_out=False)
 
@@ -1388,7 +1388,7 @@ def load_config(folder):
 def load_rotary(path, saved):
     """{"rope_theta", "rope_scaling"} of a config.json, from its entries of today or of old."""
     found = {"rope_theta": saved.get("rope_theta", 10000.0)}
-    found |= (saved.get("rope_scaling") or {}) | (saved.get("rope_parameters") or {})
+    found |= (saved.get("rope_parameters") or {}) | (saved.get("rope_scaling") or {})
     kind = found.get("rope_type", found.get("type", "default"))
     known = kind in ("default", "llama3") and found.get("partial_rotary_factor", 1) == 1
     check(known, f"{path}: of the rotary positions, Llama 1 to 3's are implemented, not {found}")
@@ -1496,12 +1496,9 @@ def config_entries(config):
     rotary |= {"rope_theta": config.rope_theta} | dict(config.rope_scaling)
     own |= {"rope_parameters": rotary, "rope_scaling": rotary if config.rope_scaling else None}
     own |= {"dtype": "float32", "torch_dtype": "float32"}  # of the files
-    absent = [
-        "eos_token_id",
-        "remat",
-        "mesh",
-        *(["attention_bias"] if not config.attention_bias else []),
-    ]
+    absent = ["eos_token_id", "remat", "mesh"]
+    absent += ["attention_bias"] * (not config.attention_bias)
+    absent += ["head_dim"] * (config.model_type == "qwen2")  # which has none
     return {name: x for name, x in own.items() if name not in absent}
 
 

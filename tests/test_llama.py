@@ -265,8 +265,7 @@ def test_bfloat16_rounds_weights_and_no_gradients():
         assert x.dtype == jnp.float32
         assert np.abs(x - y).max() < 0.05 * np.abs(y).max()
         # A gradient that was itself rounded would have no digits below these.
-        x = x[x != 0]  # tokens that no row has
-        assert (x != x.astype(jnp.bfloat16)).mean() > 0.5
+        assert (x != x.astype(jnp.bfloat16))[x != 0].mean() > 0.5
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
@@ -318,9 +317,10 @@ def test_every_mesh_does_what_one_device_does(shape):
     moved = jax.tree.map(lambda x, y: np.abs(x - np.asarray(y)).max(), params, toy()[1])
     assert min(jax.tree.leaves(moved)) > 1e-4
     # Policy and reference are the same model, here and with products in bfloat16.
-    assert_close(sampled.logprobs, sampled.ref_logprobs, rtol=0, atol=2e-5)
     half = on_mesh((1, 1, 1), "bfloat16", False)[0]
-    assert_close(half.logprobs, half.ref_logprobs, rtol=0, atol=0.05)
+    for found, bound in ((sampled, 2e-5), (half, 0.05)):
+        reference = found.ref_logprobs * found.response_mask
+        np.testing.assert_allclose(found.logprobs, reference, rtol=0, atol=bound)
 
 
 # ------------------------------------------------------------------------------ tokenizers
@@ -681,6 +681,7 @@ def sums(tmp_path_factory):
     )
     one = jnp.ones((1, 1), jnp.int32)
     params = Llama(config).init(jax.random.key(0), one, one)["params"]
+    params = grpo_llama.round_matrices(params, "bfloat16")  # like most models' files
     save_model(folder / "model", config, params, write_source(folder / "source"))
     write_jsonl(folder / "train.jsonl", chat_rows("train", 200))
     write_jsonl(folder / "test.jsonl", chat_rows("test", 64))
@@ -751,8 +752,6 @@ def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
     ]
     assert abs(evaluated[0]) < 1e-2 and abs(evaluated[-1]) > 0.05  # B is 0 at first
     base, merged = (load_model(x / "model")[1] for x in (sums, tmp_path / "run"))
-    base = grpo_llama.round_matrices(base, "bfloat16")  # as it is kept while it is frozen
-    base = jax.tree.map(lambda x: x.astype(np.float32), base)
     adapter = safetensors.numpy.load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     name = "layers.1", "self_attn", "q_proj"
     a, b = (
@@ -762,6 +761,14 @@ def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
     np.testing.assert_allclose(moved, (b @ a).T * args.lora_alpha / 2, rtol=0, atol=1e-6)
     assert np.abs(moved).max() > 1e-3
     assert_close(merged["layers.0"]["mlp"], base["layers.0"]["mlp"], rtol=0, atol=0)
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    kind, (tokens, mask) = transformers.AutoModelForCausalLM, rows(left=False)
+    model = peft.PeftModel.from_pretrained(
+        kind.from_pretrained(sums / "model"), tmp_path / "run/adapter"
+    )
+    found = forward(load_model(tmp_path / "run" / "model")[0], merged, tokens, mask)
+    expected = torch_logits(model, tokens, mask)
+    assert np.abs(expected).max() > 0.3 and np.abs(found - expected)[mask > 0].max() < 1e-4
 
 
 @pytest.mark.slow
@@ -788,16 +795,16 @@ def test_grpo_makes_a_noisy_calculator_right(tmp_path, one_device):
         eval_dataset=str(tmp_path / "test.jsonl"),
         reward=(f"{__file__}:right",),
         run_dir=str(tmp_path / "run"),
-        steps=60,
+        steps=140,
         batch_size=512,
         micro_batch_size=256,
         learning_rate=1e-3,
         kl_coef=0.0,
         max_prompt_length=7,
         max_completion_length=4,
-        eval_every=60,
-        save_every=60,
-        log_every=10,
+        eval_every=140,
+        save_every=140,
+        log_every=20,
     )
     grpo_llama.main(args)
     evaluated = [row for row in metrics_of(tmp_path / "run") if "eval/rewards/right/mean" in row]
@@ -850,9 +857,9 @@ CONFIGS = {  # changes of config.json, and words of the message
     "a text for a number": ({"num_hidden_layers": "2"}, ["num_hidden_layers"]),
     "no heads": ({"num_attention_heads": 0}, ["num_attention_heads"]),
     "EOS beyond the table": ({"eos_token_id": [256, 300]}, ["eos_token_id", "300"]),
-    "another width": ({"intermediate_size": 65}, ["down_proj", "(32, 65)"]),
+    "another width": ({"intermediate_size": 65}, ["mlp", "65"]),
     "untied": ({"tie_word_embeddings": False}, ["lm_head.weight"]),
-    "biases": ({"attention_bias": True}, ["k_proj.bias"]),
+    "biases": ({"attention_bias": True}, ["_proj.bias"]),
 }
 
 
