@@ -69,7 +69,8 @@ def toy(dtype="float32", **changes):
 def rows(left, count=3, length=20):
     """(tokens, mask) [count, length], padded on one side; what stands in the padding is random."""
     tokens = np.random.default_rng(1).integers(6, 97, (count, length)).astype(np.int32)
-    mask = (np.arange(length) >= 5 * np.arange(count)[:, None]).astype(np.int32)
+    padding = (length - 1) // count * np.arange(count)  # [count]
+    mask = (np.arange(length) >= padding[:, None]).astype(np.int32)
     return tokens, mask if left else mask[:, ::-1]
 
 
