@@ -2,8 +2,9 @@
 
 The decoder of Touvron et al. 2023, "LLaMA": RMSNorm, rotary positions, heads
 that share keys and values, SwiGLU; families llama, mistral, qwen2 and qwen3.
-Products are in bfloat16 over float32 weights (--dtype). Under --fsdp a layer's
-weights are gathered where they are used; --remat gathers them again backwards.
+Products are in bfloat16 over float32 weights (--dtype). Under --fsdp a block's
+weights are gathered where they are used, and with --remat again backwards.
+With --lora-rank an adapter is all that is trained (Hu et al. 2021).
 
 A prompt is a text, or a list of {"role", "content"}, which the model's own
 chat template renders. To such prompts the completions that reward functions
