@@ -259,7 +259,9 @@ def test_a_margin_that_some_rows_lack_is_0_there(inputs, tmp_path, monkeypatch):
 @each_script
 def test_too_few_rows_for_a_batch(script, refused, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows_of(script)[:3])
-    words = dict.fromkeys(GRPO, "4 prompts (--batch-size / --num-generations), --dataset has 3")
+    words = dict.fromkeys(
+        GRPO, "4 prompts (--batch-size / --num-generations * --oversample), --dataset has 3"
+    )
     words |= {iterative_dpo: "--prompts-per-round 24 is above the 3 prompts"}
     assert words.get(script, "--batch-size is above the 3") in refused(script, dataset=str(path))
 
