@@ -126,13 +126,13 @@ def win_rate(x, x_ref):
 
 
 def pass_at_k(right, k):
-    """Chance that one of k samples is right (Chen et al. 2021, eq. 1): 0 or 1 [P, N] -> [P].
+    """The chance that one of k completions is right, of each prompt: right [P, n], 0 or 1 -> [P].
 
-    1 - C(N - c, k) / C(N, k) with c right ones among N has no bias, unlike 1 - (1 - c / N)^k.
+    1 - C(n - c, k) / C(n, k) with c right ones of n, which is not biased (Chen et al. 2021, eq. 1).
     """
-    N = right.shape[1]
-    wrong = N - right.sum(axis=1).astype(int)
-    return np.array([1 - math.comb(w, k) / math.comb(N, k) for w in wrong])
+    n = right.shape[1]
+    wrong = n - right.sum(axis=1).astype(int)  # [P]
+    return np.array([1 - math.comb(w, k) / math.comb(n, k) for w in wrong])
 
 
 def within_prompt_correlation(x, y):
@@ -674,7 +674,7 @@ def score_ids(model, batch_size, ids):
     return np.asarray(ppo.in_parts(score, batch_size, *padded), np.float64)
 
 
-def encode_texts(tokenizer, eos_id, prompts, texts):
+def encode_sequences(tokenizer, eos_id, prompts, texts):
     """Token ids of prompts with their completions, EOS behind them."""
     encode = functools.partial(ppo.encode_text, tokenizer)
     return [[*(encode(q) or [eos_id]), *encode(t), eos_id] for q, t in zip(prompts, texts)]
@@ -685,7 +685,7 @@ def read_pairs(path, bench):
     rows = ppo.read_jsonl(path, ["prompt", "chosen", "rejected"])
     prompts = [row["prompt"] for row in rows for _ in range(2)]
     answers = [row[name] for row in rows for name in ("chosen", "rejected")]
-    ids = encode_texts(bench.tokenizer, bench.eos_id, prompts, answers)
+    ids = encode_sequences(bench.tokenizer, bench.eos_id, prompts, answers)
     limit = bench.reward[0].n_positions
     fits = [max(map(len, ids[2 * i : 2 * i + 2])) <= limit for i in range(len(rows))]
     longer = f"{fits.count(False)} of {len(rows)} pairs of {path} are longer than {limit} tokens"
@@ -729,7 +729,7 @@ def describe_reward_model(bench, ref, args):
         prompts = [row["prompt"] for row, _ in bench.rows[:64] for _ in range(8)]
         texts = [module["sample"](rng, prompt) for prompt in prompts]
         golds = ppo.call_reward(bench.gold, [{"prompt": q} for q in prompts], texts)
-        scores = score(encode_texts(bench.tokenizer, bench.eos_id, prompts, texts))
+        scores = score(encode_sequences(bench.tokenizer, bench.eos_id, prompts, texts))
         pair = scores.reshape(-1, 8), golds.astype(np.float64).reshape(-1, 8)
         figures["correlation_on_data"] = within_prompt_correlation(*pair)
     if bench.gold and ref.kl.shape[1] >= 8:  # with fewer, the prompts' means are mostly noise
@@ -768,7 +768,7 @@ def load_scorer(folder, batch_size):
     eos_id = ppo.end_token(config, tokenizer)
 
     def score(prompts, texts):
-        ids = encode_texts(tokenizer, eos_id, prompts, texts)
+        ids = encode_sequences(tokenizer, eos_id, prompts, texts)
         return score_ids((config, params), batch_size, [x[-config.n_positions :] for x in ids])
 
     return score

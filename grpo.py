@@ -472,13 +472,13 @@ def describe(sampled, rows, texts, scores):
 
 
 def pass_at_k(right, k):
-    """The chance that one of k completions is right, mean over prompts: right [P, n], 0 or 1.
+    """The chance that one of k completions is right, of each prompt: right [P, n], 0 or 1 -> [P].
 
     1 - C(n - c, k) / C(n, k) with c right ones of n, which is not biased (Chen et al. 2021, eq. 1).
     """
     n = right.shape[1]
     wrong = n - right.sum(axis=1).astype(int)  # [P]
-    return np.mean([1 - math.comb(w, k) / math.comb(n, k) for w in wrong])
+    return np.array([1 - math.comb(w, k) / math.comb(n, k) for w in wrong])
 
 
 def pass_rates(samples, size):
@@ -489,7 +489,7 @@ def pass_rates(samples, size):
         scores = scores[~np.isnan(scores).any(axis=1)]  # where it applies
         if len(scores) and np.isin(scores, (0, 1)).all():
             ks = 2 ** np.arange(1, size.bit_length())
-            metrics |= {f"{name}/pass@{k}": pass_at_k(scores, k) for k in ks}
+            metrics |= {f"{name}/pass@{k}": pass_at_k(scores, k).mean() for k in ks}
     return metrics
 
 
