@@ -30,13 +30,14 @@ def sampled():
     one = np.ones((1, 1), int)
     init = jax.jit(grpo.GPT2(config).init)
     policy, ref = (init(jax.random.key(i), one, one)["params"] for i in (0, 1))
-    row = policy["wte"]["embedding"][eos_id] * 20  # EOS comes soon in some of them
-    policy["wte"]["embedding"] = policy["wte"]["embedding"].at[eos_id].set(row)
+    row = policy["wte"]["embedding"][eos_id]
+    policy["ln_f"]["bias"] = 4 * row / jnp.sum(row**2)  # EOS comes soon in some of them
     args = grpo.Args(max_prompt_length=6, max_completion_length=9, temperature=0.8)
     texts = ["Sadly,", "A very good film", "The", "To my delight,"]
     prompts = [({"prompt": x, "id": i}, [tokenizer.encode(x)]) for i, x in enumerate(texts)]
     models = (policy, ref, config, tokenizer)
     result = grpo.rollout(*models, prompts, num_samples=3, key=jax.random.key(0), args=args)
+    assert 0 < np.sum(np.asarray(result[0].ended)) < 12, "some samples should end, and some not"
     return policy, ref, config, prompts, args, result
 
 

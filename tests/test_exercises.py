@@ -7,7 +7,6 @@ script with one text replaced.
 
 import ast
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -115,10 +114,8 @@ def test_reference_passes_and_placeholder_fails(number, results):
 
 
 def all_attempts():
-    """One that compiles a model takes ten seconds: the first of each; with ALL_ATTEMPTS=1 all."""
     for number, found in WRONG.items():
-        few = number in WITH_MODELS and not os.environ.get("ALL_ATTEMPTS")
-        for attempt in found[:1] if few else found:
+        for attempt in found:
             marks = [pytest.mark.slow] if number in WITH_MODELS else []
             yield pytest.param(number, attempt, id=f"{number} {attempt[0]}", marks=marks)
 
