@@ -88,6 +88,9 @@ check: $(VENV)/ready-dev  ## format, lint, and that shared functions are equal c
 test: check  ## check, and the tests that are quick
 	$(PYTEST) -m "not slow"
 
+test-most: check  ## check, and all tests but the longest: what CI runs
+	$(PYTEST) -m "not long"
+
 test-all: check  ## check, and all tests
 	$(PYTEST)
 
@@ -107,4 +110,4 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {sub("all-three", "", $$1); \
 	  printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-.PHONY: all-three all three-stages env smoke check test test-all tensorboard clean distclean help
+.PHONY: all-three all three-stages env smoke check test test-most test-all tensorboard clean distclean help

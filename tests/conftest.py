@@ -30,6 +30,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest file first: where files run side by side, the others do not end before it."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name != "test_sharded.py")
 
 

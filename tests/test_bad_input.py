@@ -782,7 +782,14 @@ def poison(script, monkeypatch, name, call):
     monkeypatch.setattr(script, "train_step", poisoned)
 
 
-@each_script
+OFTEN, SELDOM = (sft, ppo), [script for script in ALL if script not in (sft, ppo)]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [*OFTEN, *(pytest.param(script, marks=pytest.mark.long) for script in SELDOM)],
+    ids=lambda script: script.__name__,
+)
 def test_a_loss_that_is_not_finite_stops_the_run(script, refused, tmp_path, monkeypatch):
     """Whatever --log-every is, a step is logged before it is saved, so no checkpoint has it."""
     name = "loss/policy_avg" if script in POLICY_GRADIENTS else "loss"
@@ -859,7 +866,7 @@ print("imported", sorted({"jax", "flax", "optax", "numpy", "tiktoken"} & set(sys
 
 
 @pytest.mark.parametrize(
-    "name", [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+    "name", [names[0], *(pytest.param(name, marks=pytest.mark.long) for name in names[1:])]
 )
 def test_an_error_in_a_process(name, tmp_path):
     """What the other tests see as SystemExit: one line on stderr, status 2, no run folder left."""

@@ -7,6 +7,7 @@ script with one text replaced.
 
 import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import make
 
 EXERCISES = {x.number: x for x in make.read_exercises()}
 NUMBERS = sorted(EXERCISES)
-# These compile models, so their wrong attempts are tried with the slow tests.
+# These compile models, so their wrong attempts are tried with the long tests.
 WITH_MODELS = ["2.1", "2.2", "2.3", "2.4", "3.2", "3.3", "4.1", "4.3", "5.5", "6.1", "6.3", "7.1"]
 WITH_MODELS += ["8.2"]
 
@@ -43,7 +44,7 @@ def load(script, text):
 @pytest.fixture
 def results():
     """results(exercise, text of its script) -> what the exercise's tests say of it."""
-    modules, path = dict(sys.modules), list(sys.path)
+    modules, path, environment = dict(sys.modules), list(sys.path), dict(os.environ)
     jax.config.update("jax_disable_most_optimizations", True)  # compiled sooner
 
     def forget():
@@ -61,6 +62,9 @@ def results():
     forget()
     sys.modules.update(modules)
     sys.path[:] = path
+    # The course's conftest.py sets variables, which processes that later tests start would take.
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 # ------------------------------------------------------------------------------------------- texts
@@ -103,12 +107,13 @@ def test_index_is_current():
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_reference_passes_and_placeholder_fails(number, results):
+def test_placeholder_fails(number, results):
+    """That the reference passes is seen below, where a whole course is made and solved."""
     exercise = EXERCISES[number]
-    found = results(exercise, source(exercise)).found
-    assert found and all(x.passed for x in found), [x.message for x in found if not x.passed]
     blank = make.blank(source(exercise), [exercise], exercise.script)
-    for result in results(exercise, blank).found:
+    found = results(exercise, blank).found
+    assert found
+    for result in found:
         message = f"EXERCISE {number} is not written yet: {exercise.script}.py"
         assert not result.passed and result.message.startswith(message), result
 
@@ -116,7 +121,7 @@ def test_reference_passes_and_placeholder_fails(number, results):
 def all_attempts():
     for number, found in WRONG.items():
         for attempt in found:
-            marks = [pytest.mark.slow] if number in WITH_MODELS else []
+            marks = [pytest.mark.long] if number in WITH_MODELS else []
             yield pytest.param(number, attempt, id=f"{number} {attempt[0]}", marks=marks)
 
 

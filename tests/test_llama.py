@@ -772,7 +772,7 @@ def test_an_adapter_is_trained_and_merged(sums, tmp_path, one_device):
     assert np.abs(expected).max() > 0.3 and np.abs(found - expected)[mask > 0].max() < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grpo_makes_a_noisy_calculator_right(tmp_path, one_device):
     """From scratch to noisy sums (45 % right when sampled), and by GRPO to 95 %, on dialogues."""
     config = LlamaConfig(

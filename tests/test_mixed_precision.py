@@ -420,7 +420,7 @@ def test_gradients_underflow_in_float16_without_a_scale(reviews):
         assert scaled[0] < 1e-3 and scaled[2] < 0.005
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_float16_follows_float32_where_it_is_scaled(reviews):
     """The same 300 batches; the distance of the curves, each a mean of 20 steps, in nats."""
     config, params, batches = reviews

@@ -58,9 +58,22 @@ SAMPLING = (R, ARGS.temperature, EOS, GROUP)  # what generate takes after the ke
 SAMPLE_KEY, UPDATE_KEY = 11, 4
 OPTIMIZERS = {"SGD": optax.sgd(0.1), "AdamW": sharded.make_optimizer(ARGS, 10)[0]}
 SCORES = np.random.default_rng(2).normal(size=ROWS).astype(np.float32)
-each_mesh = pytest.mark.parametrize("shape", MESHES, ids=str)
 CASES = [*((shape, 512) for shape in MESHES), ((1, 1, 8), 509), ((2, 2, 2), 509)]  # 509: a prime
-each_case = pytest.mark.parametrize("shape, vocab_size", CASES, ids=str)
+
+
+def but_long(cases, *kept):
+    """The cases as parameters; those that are not among `kept` are for the long tests."""
+    found = []
+    for case in cases:
+        values = case if isinstance(case[0], tuple) else (case,)
+        marks = () if case in kept else pytest.mark.long
+        found.append(pytest.param(*values, marks=marks, id="-".join(map(str, values))))
+    return found
+
+
+each_mesh = pytest.mark.parametrize("shape", but_long(MESHES, (1, 8, 1), (2, 2, 2)))
+FEW_CASES = ((1, 1, 8), 509), ((2, 2, 2), 512)
+each_case = pytest.mark.parametrize("shape, vocab_size", but_long(CASES, *FEW_CASES))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -307,7 +320,7 @@ def test_the_new_state_takes_the_place_of_the_old(shape):
         assert programs[name].memory_analysis().alias_size_in_bytes == own
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_falls_as_one_over_fsdp():
     """Of GPT-2's shapes, compiled and not run: parameters, moments and moving reference."""
     config = sharded.GPT2Config(n_layer=2, n_positions=64)
@@ -694,8 +707,11 @@ def test_oversampling_and_the_best_model_on_a_mesh(inputs, tmp_path):
     assert step == json.loads((on_one / "best.json").read_text("utf-8"))["step"]
 
 
+MOVES = [((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 1, 8))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("first, second", [((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 1, 8))], ids=str)
+@pytest.mark.parametrize("first, second", but_long(MOVES, MOVES[0]))
 @pytest.mark.parametrize("ref_sync_steps", [None, 2])
 def test_a_run_goes_on_on_another_mesh(
     first, second, ref_sync_steps, runs, inputs, tmp_path, monkeypatch
@@ -904,7 +920,7 @@ def words_of(text):
 
 @many_processes
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("shape", but_long([(2, 2, 2), (1, 1, 8)], (2, 2, 2)))
 def test_two_processes_are_one(shape, runs, two_processes):
     """On a folder with a run, which they replace; each scores its own half of the rows, also where
     both have all of them on their devices."""
@@ -923,10 +939,15 @@ def test_two_processes_are_one(shape, runs, two_processes):
         assert len(set(rows) | set(others)) == 8
 
 
+OTHER_ENDS = ("killed", 0), ("raises", 0), ("raises", 1)
+
+
 @many_processes
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize(
+    "how, victim",
+    [("killed", 1), *(pytest.param(*x, marks=pytest.mark.long) for x in OTHER_ENDS)],
+)
 def test_where_one_process_ends_so_does_the_other_and_the_run_goes_on(
     how, victim, runs, two_processes
 ):
@@ -950,7 +971,7 @@ def test_where_one_process_ends_so_does_the_other_and_the_run_goes_on(
 
 @many_processes
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_signal_to_one_process_stops_both(victim, runs, two_processes):
     """After the same step, 4, which is saved; process 0 says so."""
     two_processes.failure.write_text(json.dumps([victim, 6, "terminated"]))
