@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,13 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     # Eight simulated devices, for sharded.py; the other scripts use the first.
-    flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
-    os.environ["XLA_FLAGS"] = flags.strip()  # what is set already stands last, and wins
+    flags = ["--xla_force_host_platform_device_count=8"]
+    # Less optimised code, which is compiled in a third of the time; see the README, Tests.
+    flags += ["--xla_backend_optimization_level=0"]
+    if not version("jax").startswith("0.5."):  # which does not know it
+        flags += ["--xla_cpu_use_fusion_emitters=false"]
+    flags += [os.environ.get("XLA_FLAGS", "")]  # what is set already stands last, and wins
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     if getattr(config, "cache", None):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
