@@ -2,6 +2,7 @@
 # GPT-2 (124M) on Anthropic's HH-RLHF: supervised fine-tuning, reward model, then PPO and DPO from
 # the same start, and a report on both. Run it again to go on where it was stopped.
 #
+#     pip install matplotlib
 #     recipes/hh_gpt2.sh
 #     DATA=harmless-base-test.jsonl.gz OUT=runs/small PPO_STEPS=20 recipes/hh_gpt2.sh
 #
@@ -37,7 +38,9 @@ MICRO_BATCH=${MICRO_BATCH:-16}
 PROMPT=${PROMPT:-384}     # tokens; a longer prompt is dropped
 ANSWER=${ANSWER:-192}     # tokens
 TEST_ROWS=${TEST_ROWS:-312}
+EVALUATE=${EVALUATE:-}    # further flags of evaluate.py, such as --frontier-samples 64
 
+python -c "import matplotlib"  # which the report needs: better known now than at the end
 if [ -z "$DATA" ]; then
     DATA=$(python -c "
 import huggingface_hub as hub
@@ -74,4 +77,4 @@ python dpo.py --model "$OUT/sft/model" --run-dir "$OUT/dpo" --resume \
 
 python evaluate.py --ref "$OUT/sft/model" --reward-model "$OUT/reward/model" \
     --models "$OUT/ppo/model" "$OUT/dpo/model" --dataset "$OUT/data/prompts_test.jsonl" \
-    --batch-size $((BATCH / 8)) --report "$OUT/report" $lengths
+    --batch-size $((BATCH / 8)) --report "$OUT/report" $lengths $EVALUATE

@@ -39,10 +39,11 @@ TARGETS=${TARGETS:-3 6 9 12}
 PPO_STEPS=${PPO_STEPS:-100}
 BATCH=${BATCH:-1024}      # of PPO; the others have a sixteenth of it
 MICRO_BATCH=${MICRO_BATCH:-32}
-EVALUATED=${EVALUATED:-500}  # prompts of the report
+EVALUATE=${EVALUATE:-}    # further flags of evaluate.py, such as --frontier-samples 64
 # JAX takes three quarters of a card unless it is told how much; the classifier needs little.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.85}
 
+python -c "import datasets, matplotlib"  # better known now than at the end
 lengths="--max-prompt-length 8 --max-completion-length 48"
 small="--batch-size $((BATCH / 16)) --micro-batch-size $MICRO_BATCH"
 
@@ -90,4 +91,4 @@ done
 
 python evaluate.py --ref "$OUT/sft/model" --models "${models[@]}" --gold "$GOLD" \
     --reward-model "$OUT/reward/model" --dataset "$OUT/data/prompts_test.jsonl" \
-    --num-prompts "$EVALUATED" --batch-size $((BATCH / 4)) --report "$OUT/report" $lengths
+    --batch-size $((BATCH / 4)) --report "$OUT/report" $lengths $EVALUATE

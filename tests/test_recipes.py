@@ -74,7 +74,7 @@ def test_every_command_is_one_that_the_scripts_understand(recipe, recorded, caps
     for command, *rest in recorded(recipe):
         if command == "make":
             assert rest == ["all"]
-        if command != "python":
+        if command != "python" or rest[0] == "-c":
             continue
         script, *given = rest
         args = flags_of(script, given)
