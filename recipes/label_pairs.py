@@ -6,7 +6,7 @@
 
 Each prompt gets --num-generations completions, and every two of them with different scores are a
 pair: 4 completions make 6 pairs, as in the DPO paper's sentiment experiment. Completions that do
-not end are left out: a pair's texts get an EOS when they are trained on.
+not end, or are empty, are left out: a pair's texts get an EOS when they are trained on.
 """
 
 import itertools
@@ -45,7 +45,7 @@ import ppo
 
 
 def sample(args):
-    """[(row, [texts that ended])] of each prompt, and how many texts did not."""
+    """[(row, texts that ended and are not empty)] of each prompt."""
     config, params = ppo.load_model(args.model)
     tokenizer = ppo.load_tokenizer(args.model)
     eos_id = ppo.end_token(config, tokenizer)
@@ -54,7 +54,7 @@ def sample(args):
     ppo.check_sizes(config, tokenizer, args)
     P, N = args.max_prompt_length, args.num_generations
     sampling = (args.max_completion_length, args.temperature, eos_id, N)
-    found, unended = [], 0
+    found = []
     for start in range(0, len(rows), args.batch_size):
         part = rows[start : start + args.batch_size]
         full = [part[i % len(part)] for i in range(args.batch_size)]  # one shape to compile
@@ -66,8 +66,7 @@ def sample(args):
         for i, (row, _) in enumerate(part):
             own = range(i * N, (i + 1) * N)
             found.append((row, [texts[j] for j in own if ended[j] and texts[j].strip()]))
-            unended += sum(not ended[j] for j in own)
-    return found, unended
+    return found
 
 
 def make_pairs(rows, texts, scores):
@@ -85,7 +84,7 @@ def main(args):
     ppo.check_flags(args)
     ppo.check(args.num_generations > 1, "--num-generations must be 2 at least: pairs need two")
     reward = ppo.load_function(args.reward)
-    found, unended = sample(args)
+    found = sample(args)
     rows = [row for row, texts in found for _ in texts]
     texts = [text for _, texts in found for text in texts]
     ppo.check(texts, f"no completion of {args.model} ended: raise --max-completion-length")
@@ -97,7 +96,8 @@ def main(args):
     lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     ppo.write_file(Path(args.out), lines.encode())
-    print(f"{len(found)} prompts, {len(texts)} completions ended and {unended} did not")
+    lost = len(found) * args.num_generations - len(texts)
+    print(f"{len(found)} prompts, {len(texts)} completions; {lost} more are empty or do not end")
     print(f"score {scores.mean():.3f} ± {scores.std():.3f}; {args.out}: {len(pairs)} pairs")
 
 
