@@ -5,6 +5,12 @@
 #                                                             # the NVIDIA Container Toolkit
 #     docker run --rm -v "$PWD/runs:/rlhf/runs" rlhf          # make all-three; or, for example,
 #     docker run --rm -v "$PWD/runs:/rlhf/runs" --gpus all rlhf-cuda python ppo.py --seed 1
+#
+# No container engine was at hand to build it. Its steps were tried by chroot, in a root made by
+# `debootstrap --variant=minbase bookworm`: both RUN lines for a CPU; COPY, by `git archive HEAD`;
+# then `make -n all-three`, which finds the environment ready, and `make smoke`, which ran all
+# scripts. Of CUDA=13, pip only said what it would install (--dry-run). Not tried: the base image
+# itself, .dockerignore, CMD, a card.
 FROM debian:bookworm-slim
 
 RUN apt-get update \
