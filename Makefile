@@ -41,44 +41,8 @@ $(VENV)/ready-dev: requirements-dev.txt requirements.txt | $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
 	touch $@
 
-# A model of one block, a few rows and a few steps: it shows that every script runs, not that it
-# learns. All of it is written to runs/smoke. Most of the time is compilation: less optimised code is
-# compiled sooner.
-TRY = env JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN)
-SMOKE = runs/smoke
-PROMPTS = --eval-dataset $(SMOKE)/prompts.jsonl
-FEW = --batch-size 16 --micro-batch-size 8
-FROM = --model $(SMOKE)/sft/model
-ROLLOUTS = $(FROM) --reward-model $(SMOKE)/reward/model $(PROMPTS) $(FEW)
-TWICE = --epochs 2 --batch-size 32 --micro-batch-size 16
-SCRATCH = --n-layer 1 --n-head 4 --n-embd 32 $(TWICE) \
-	--dataset $(SMOKE)/sft.jsonl --eval-dataset $(SMOKE)/sft.jsonl
-PAIRS = $(FROM) $(TWICE) --dataset $(SMOKE)/pairs.jsonl --eval-dataset $(SMOKE)/pairs.jsonl
-GOLD = --gold data/reviews.py:sentiment
-
-smoke: $(VENV)/ready  ## every script once, on a tiny model, in runs/smoke (under two minutes)
-	mkdir -p $(SMOKE)
-	head -n 32 data/reviews/sft_train.jsonl > $(SMOKE)/sft.jsonl
-	head -n 32 data/reviews/preferences_train.jsonl > $(SMOKE)/pairs.jsonl
-	head -n 16 data/reviews/prompts_test.jsonl > $(SMOKE)/prompts.jsonl
-	$(TRY) sft.py $(SCRATCH) --run-dir $(SMOKE)/sft --overwrite
-	$(TRY) reward.py $(PAIRS) --num-generations 2 --run-dir $(SMOKE)/reward --overwrite
-	$(TRY) ppo.py $(ROLLOUTS) --steps 2 --run-dir $(SMOKE)/ppo --overwrite
-	$(TRY) dpo.py $(PAIRS) $(GOLD) --run-dir $(SMOKE)/dpo --overwrite
-	$(TRY) lora.py $(PAIRS) $(GOLD) --run-dir $(SMOKE)/lora --overwrite
-	$(TRY) grpo.py $(ROLLOUTS) --steps 2 --run-dir $(SMOKE)/grpo --overwrite
-	$(TRY) iterative_dpo.py $(ROLLOUTS) --rounds 2 --prompts-per-round 16 \
-	  --run-dir $(SMOKE)/iterative_dpo --overwrite
-	@# Four simulated devices. Without the cache: jax 0.5.0 must not read such programs from it.
-	env -u JAX_COMPILATION_CACHE_DIR JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 \
-	  $(TRY) sharded.py --fsdp 2 --tensor 2 --steps 1 $(ROLLOUTS) \
-	  --run-dir $(SMOKE)/sharded --overwrite
-	$(TRY) mixed_precision.py $(SCRATCH) --run-dir $(SMOKE)/mixed_precision --overwrite
-	$(TRY) gpt2.py --model $(SMOKE)/ppo/model --prompt "The Quiet Harbor (western). Sadly,"
-	$(TRY) evaluate.py --no-frontier --num-prompts 16 --batch-size 32 --examples 1 \
-	  --ref $(SMOKE)/sft/model --reward-model $(SMOKE)/reward/model \
-	  --models $(foreach x,ppo dpo grpo iterative_dpo sharded,$(SMOKE)/$(x)/model)
-	@echo "smoke: every script ran"
+smoke: $(VENV)/ready  ## every script once, on a tiny model, in runs/demo (under two minutes)
+	PATH="$(abspath $(VENV))/bin:$$PATH" recipes/demo.sh
 
 check: $(VENV)/ready-dev  ## format, lint, and that shared functions are equal copies
 	$(VENV)/bin/ruff format --check .

@@ -52,6 +52,7 @@ class Args:
     batch_size: int | None = None
     micro_batch_size: int | None = None
     rollout_batch_size: int | None = None
+    num_generations: int | None = None
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of mixed_precision.py
