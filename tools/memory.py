@@ -658,10 +658,11 @@ def smaller_rollouts(run, args):
     """The same samples, fewer at once."""
     if "rollout_batch_size" in vars(run.flags):
         groups = (getattr(run.flags, f"{x}_generations", 1) for x in ("num", "eval"))
-        size, group = run.flags.rollout_batch_size or 2 * run.flags.batch_size, math.lcm(*groups)
-        for i in range(1, size.bit_length()):
-            if size // 2**i % group == 0 and run.flags.batch_size % (size // 2**i) == 0:
-                yield change(run, rollout_batch_size=size // 2**i)
+        group, batch_size = math.lcm(*groups), run.flags.batch_size
+        size = run.flags.rollout_batch_size or max(2 * batch_size, EVALUATED)
+        for size in (size // 2**i for i in range(1, size.bit_length())):
+            if size % group == 0 and (run.script != "ppo" or batch_size % size == 0):
+                yield change(run, rollout_batch_size=size)
     elif run.script == "reward":  # fewer of those that normalise the score
         for count in (4, 2):
             if count < run.flags.num_generations:
