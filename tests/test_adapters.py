@@ -211,14 +211,19 @@ def test_a_run_of_trls_grpo(gpt2_folder, tmp_path, capsys):
     )
     # TRL's own text and our function on it give the score that TRL used.
     score = trl_adapter.load_reward(f"{ROOT}/rewards.py:length_window")
-    assert score(["x"], [samples[0]["completion"]])[0] == samples[0]["rewards/length_window"]
+    used = samples[0]["rewards/length_window"]
+    assert score(["x"], [samples[0]["completion"]])[0] == pytest.approx(used)
     config, params = ppo.load_model(run)
     assert config.n_embd == 16 and "wte" in params
+    seen = dashboard.Run(run).refresh()
+    assert seen.last_step == 3 and "rewards/reward_model/mean" in seen.series
+    assert not seen.bad and seen.status().startswith("finished")
+    with pytest.raises(ValueError, match="holds a run"):
+        trl_adapter.RunFolder(run).on_train_begin(trainer.args, type("S", (), NEW)(), None)
+    pytest.importorskip("plotly")
     dashboard.main(dashboard.Args(runs=(str(run),), html=str(tmp_path / "page.html")))
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "rewards/reward_model/mean" in page and samples[-1]["prompt"][:8] in page
-    with pytest.raises(ValueError, match="holds a run"):
-        trl_adapter.RunFolder(run).on_train_begin(trainer.args, type("S", (), NEW)(), None)
 
 
 NEW = {"is_world_process_zero": True, "global_step": 0}

@@ -659,8 +659,8 @@ def smaller_rollouts(run, args):
     if "rollout_batch_size" in vars(run.flags):
         groups = (getattr(run.flags, f"{x}_generations", 1) for x in ("num", "eval"))
         group, batch_size = math.lcm(*groups), run.flags.batch_size
-        size = run.flags.rollout_batch_size or max(2 * batch_size, EVALUATED)
-        for size in (size // 2**i for i in range(1, size.bit_length())):
+        most = run.flags.rollout_batch_size or max(2 * batch_size, EVALUATED)
+        for size in (most // 2**i for i in range(1, most.bit_length())):
             if size % group == 0 and (run.script != "ppo" or batch_size % size == 0):
                 yield change(run, rollout_batch_size=size)
     elif run.script == "reward":  # fewer of those that normalise the score
