@@ -834,10 +834,11 @@ def measure(args, own_flags, name):
     run = first_run(args, own_flags)
     phase = next(phase for phase in phases(run, args) if phase.name == name)
     program = phase.function and lowered(phase, args).compile()
-    before = resident("VmRSS")
     held = (phase.state, phase.models, phase.arguments)
     shapes = [x for x in jax.tree.leaves(held) if isinstance(x, jax.ShapeDtypeStruct)]
-    real = {id(x): real_array(x) for x in shapes}
+    shapes = {id(x): x for x in shapes}
+    real = {number: real_array(x) for number, x in shapes.items()}
+    before = resident("VmRSS") - size(list(shapes.values()))  # making them compiled programs, too
     if program:
         given = jax.tree.map(lambda x: real.get(id(x), x), phase.arguments)
         given = [x for x, shape in zip(given, phase.arguments) if size(shape)]  # no static ones
