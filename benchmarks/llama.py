@@ -13,6 +13,7 @@ sums: "What is 7 + 12? Answer with the number only." as a dialogue, terms to 20;
 reward. No two numbers of a held-out question stand in one to train on, in that order.
 """
 
+import dataclasses
 import json
 import random
 import re
@@ -23,12 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PROMPT, NEW = 256, 256
-SIZES = {  # family, vocabulary, width, MLP, layers, heads, key-value heads, head, tied
-    "Qwen3 0.6B": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
-    "Qwen3 1.7B": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
-    "Llama 3.2 1B": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
-    "Qwen3 8B": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
-}
+# Of tools/memory.py's, which also knows what sampling takes, and which flags make a model fit.
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "meta-llama/Llama-3.2-1B", "Qwen/Qwen3-8B")
 
 
 def number(prompts, completions, answer, **_):
@@ -59,24 +56,11 @@ def compile_train_step(size, devices):
     from jax.sharding import Mesh, NamedSharding
 
     import grpo_llama
+    from tools.memory import model_config
 
-    family, vocabulary, width, mlp, layers, heads, kv_heads, head, tied = SIZES[size]
     mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, -1, 1), ("data", "fsdp", "tensor"))
-    config = grpo_llama.LlamaConfig(
-        model_type=family,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head,
-        tie_word_embeddings=tied,
-        dtype="bfloat16",
-        remat=True,
-        mesh=mesh,
-    )
+    config = model_config(grpo_llama, None, size)
+    config = dataclasses.replace(config, dtype="bfloat16", remat=True, mesh=mesh)
     args = grpo_llama.Args(
         batch_size=devices,
         micro_batch_size=devices,
@@ -115,15 +99,15 @@ def memory(models):
     import jax
 
     jax.config.update("jax_num_cpu_devices", 64)
-    print("model         parameters  devices  state  temporary  together  compiled in")
-    for size in models or SIZES:
+    print("model                    parameters  devices  state  temporary  together  compiled in")
+    for size in models or MODELS:
         for devices in (1, 8, 64):
             started = time.perf_counter()
             compiled, count = compile_train_step(size, devices)
             used = compiled.memory_analysis()
             state, temporary = used.argument_size_in_bytes / 1e9, used.temp_size_in_bytes / 1e9
             seconds = time.perf_counter() - started
-            row = f"{size:13} {count / 1e9:8.2f} B  {devices:7}  {state:5.1f}  {temporary:9.1f}"
+            row = f"{size:24} {count / 1e9:8.2f} B  {devices:7}  {state:5.1f}  {temporary:9.1f}"
             print(f"{row}  {state + temporary:8.1f}  {seconds:9.0f} s", flush=True)
 
 
