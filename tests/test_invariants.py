@@ -377,7 +377,8 @@ def test_stop_kl_ends_the_updates_of_a_rollout(stop_kl, updates):
     assert counts == [updates] and updates == state.updates == metrics.pop("policy/updates")
     for number, (params, _, _) in enumerate(steps, 1):
         difference = largest_difference(state.params, params)
-        assert difference < 1e-7 if number == updates else difference > 1e-5
+        # They are two programs, which XLA may round otherwise; an update moves far more.
+        assert difference < 1e-6 if number == updates else difference > 1e-5
     _, parts, weights = zip(*steps[:updates])
     for name, value in metrics.items():
         expected = np.average([part[name] for part in parts], weights=weights)
@@ -389,9 +390,12 @@ def test_stop_kl_ends_the_updates_of_a_rollout(stop_kl, updates):
 
 
 def test_a_large_stop_kl_stops_nothing():
+    """Two programs again: equal but for rounding, of numbers that are up to 1."""
     args, optimizer, batch, _ = update_by_update()
     large = train(ppo, batch, dataclasses.replace(args, stop_kl=1e9), optimizer)
-    assert_equal(large, train(ppo, batch, args, optimizer))
+    none = train(ppo, batch, args, optimizer)
+    assert jax.tree.structure(large) == jax.tree.structure(none)
+    assert largest_difference(large, none) < 1e-6
 
 
 @pytest.mark.parametrize("t", [0, 4])

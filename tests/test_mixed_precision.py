@@ -165,8 +165,17 @@ def test_the_scale_has_an_upper_bound(dtype, given):
 def test_in_float32_the_scale_changes_nothing(optimizer):
     """Powers of two are exact. sft.train_step is another program, which XLA may round otherwise.
 
-    Adam makes as much of the rounding in a gradient that is 0 (the keys' biases) as of others.
+    Adam makes as much of the rounding in a gradient that is 0 (the keys' biases) as of others: they
+    are left out.
     """
+
+    def without_keys(params):
+        def zero(path, x):
+            biases = [p.key for p in path][-2:] == ["c_attn", "bias"]  # [3, H, D / H]
+            return x.at[1].set(0) if biases else x
+
+        return jax.tree_util.tree_map_with_path(zero, params)
+
     reference = sft.make_state(parameters(), optimizer)
     config = sft.GPT2Config(**dataclasses.asdict(CONFIG))
     scaled, unscaled = new_state(2.0**16, optimizer), new_state(1.0, optimizer)
@@ -178,7 +187,8 @@ def test_in_float32_the_scale_changes_nothing(optimizer):
         unscaled, _ = step(unscaled, "float32", optimizer, never)
         scaled, metrics = step(scaled, "float32", optimizer, never)
         assert_equal(scaled[:2], unscaled[:2])
-        assert error(scaled.params, reference.params) < (1e-4 if optimizer is ADAM else 1e-6)
+        off = error(without_keys(scaled.params), without_keys(reference.params))
+        assert off < (1e-4 if optimizer is ADAM else 1e-6)
         for name, value in reference_metrics.items():
             assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
     assert error(scaled.params, parameters()) > 1e-3
