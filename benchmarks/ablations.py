@@ -346,8 +346,8 @@ PAIRS = "--dataset {runs}/ablations/pairs.jsonl --eval-dataset {runs}/ablations/
 PAIRS += " --gold data/reviews.py:sentiment"
 # What all runs of a script share. Completions of at most 32 tokens: 1 in 50 reviews is longer.
 SIZES = {
-    "ppo": f"{WITH_REWARD} {HELD_OUT} --steps 24 --batch-size 64 --max-completion-length 32",
-    "grpo": f"{WITH_REWARD} {HELD_OUT} --steps 48 --batch-size 64 --max-completion-length 32",
+    "ppo": f"{WITH_REWARD} {HELD_OUT} --steps 16 --batch-size 64 --max-completion-length 32",
+    "grpo": f"{WITH_REWARD} {HELD_OUT} --steps 24 --batch-size 64 --max-completion-length 32",
     "iterative_dpo": f"{WITH_REWARD} {HELD_OUT} --rounds 30 --prompts-per-round 64"
     " --batch-size 32 --max-completion-length 32",
     "dpo": f"{FROM_SFT} {PAIRS} --batch-size 32",
@@ -359,7 +359,7 @@ SIZES["mixed_precision"] = SIZES["sft"]
 # Parts of the embedded data: {name: (file, its first rows)}.
 DATA = {
     "prompts": ("prompts_test.jsonl", 16),
-    "pairs": ("preferences_train.jsonl", 3000),
+    "pairs": ("preferences_train.jsonl", 2560),
     "pairs_test": ("preferences_test.jsonl", 1000),
     "reviews": ("sft_train.jsonl", 4000),
     "reviews_test": ("sft_test.jsonl", 500),
@@ -692,12 +692,12 @@ def write_pages(results):
         text = before = path.read_text("utf-8")
 
         def lines(match):
-            return f"{match[1]}\n" + "\n".join(table(match[2], results)) + f"\n{match[3]}"
+            return match[1] + "\n".join([*table(match[2], results), match[3]])
 
         def line(match):
             return f"{match[1]}{sentence(match[2], results)}{match[3]}"
 
-        text = re.sub(r"(<!-- ablations: (\S+) -->\n)[\s\S]*?(\n?<!-- end -->)", lines, text)
+        text = re.sub(r"(<!-- ablations: (\S+) -->\n)[\s\S]*?(<!-- end -->)", lines, text)
         text = re.sub(r"(<!-- ablation: (\S+) -->)[\s\S]*?(<!-- end -->)", line, text)
         if text != before:
             path.write_text(text, "utf-8")
