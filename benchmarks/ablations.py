@@ -109,8 +109,9 @@ def zero_head(critic):
 
 
 critic_from_policy = with_critic(
-    lambda critic, policy: {k: x for k, x in policy.items() if k != "lm_head"}
-    | {"score": zero_head(critic)}
+    lambda critic, policy: (
+        {k: x for k, x in policy.items() if k != "lm_head"} | {"score": zero_head(critic)}
+    )
 )
 critic_with_new_head = with_critic(lambda critic, _: critic | {"score": new_head(critic)})
 critic_with_zero_head = with_critic(lambda critic, _: critic | {"score": zero_head(critic)})
@@ -190,7 +191,7 @@ def padding_counts(script):
 
 
 def eos_is_no_action(script):
-    """EOS is left out of what is learned, as where a mask is made by tokens != pad and pad = EOS."""
+    """EOS is not learned, as where a mask is made by tokens != pad and pad is EOS."""
     rollout = script.rollout
 
     def changed(*x, **more):
@@ -378,9 +379,9 @@ ABLATIONS = {
     "ppo-zero-value-head": Ablation(
         "ppo", "critic from the reward model, head 0", patch=critic_with_zero_head),
     "ppo-raw-reward": Ablation("ppo", "reward model not normalised", patch=raw_reward),
-    "ppo-lambda-1": Ablation("ppo", "λ = 1", "--lam 1"),
-    "ppo-lambda-0": Ablation("ppo", "λ = 0", "--lam 0"),
-    "ppo-gamma-0.9": Ablation("ppo", "γ = 0.9", "--gamma 0.9"),
+    "ppo-lambda-1": Ablation("ppo", "lambda 1", "--lam 1"),
+    "ppo-lambda-0": Ablation("ppo", "lambda 0", "--lam 0"),
+    "ppo-gamma-0.9": Ablation("ppo", "gamma 0.9", "--gamma 0.9"),
     "ppo-one-epoch": Ablation("ppo", "one pass over a rollout, not four", "--epochs 1"),
     "ppo-no-ratio-clip": Ablation("ppo", "ratio not clipped", "--clip-eps 1e9"),
     "ppo-no-value-clip": Ablation("ppo", "value not clipped", "--value-clip-eps 1e9"),
@@ -450,7 +451,8 @@ ABLATIONS = {
     "reward-mean-of-scores": Ablation("reward", "mean of all scores", patch=mean_of_scores),
     "reward-no-eos": Ablation("reward", "answers without EOS", patch=no_eos),
     "reward-zero-head": Ablation("reward", "head starts at 0", patch=head_of_0),
-    "reward-head-times-10": Ablation("reward", "head starts 10 times as large", patch=head_times_10),
+    "reward-head-times-10": Ablation(
+        "reward", "head starts 10 times as large", patch=head_times_10),
     "reward-new-trunk": Ablation("reward", "not from the SFT model", patch=new_trunk),
     "reward-center": Ablation("reward", "level of the scores fixed", "--center-coef 0.01"),
     "reward-one-epoch": Ablation("reward", "one pass, not two", "--epochs 1"),
@@ -543,7 +545,8 @@ def bench_of(seed, runs):
 
 def measure(script, place, seed, args):
     """The figures of a finished run."""
-    log = [json.loads(line) for line in open(place / "metrics.jsonl", encoding="utf-8")]
+    lines = (place / "metrics.jsonl").read_text("utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
     if script == "reward":
         names = ["rewards/accuracies", "loss", "calibration_error"]
         figures = {x.removeprefix("rewards/"): log[-1][f"eval/{x}"] for x in names}
@@ -630,7 +633,7 @@ def difference(name, results):
     values = [own[seed][key] - base[seed][key] for seed in own if seed in base]
     if not values:
         return "", False
-    text = f"{statistics.mean(values):+.{digits}f}".replace("-", "−")
+    text = f"{statistics.mean(values):+.{digits}f}"
     if len(values) < 2:
         return text, False
     half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
@@ -647,7 +650,7 @@ def failures(name, results):
 def table(script, results):
     """The lines of a script's table, in the order of ABLATIONS."""
     columns = COLUMNS[script]
-    titles = ["run", "what is changed", f"{columns[0][1]} − baseline's"]
+    titles = ["run", "what is changed", f"difference in {columns[0][1]}"]
     titles += [title for _, title, _ in columns]
     lines = [titles, ["---"] * len(titles)]
     for name, ablation in ABLATIONS.items():
@@ -682,8 +685,7 @@ def sentence(name, results):
         parts.append(f"{title} {before:.{digits}f} → {mean:.{digits}f}")
     change, sure = difference(name, results)
     verdict = "" if sure else ", within what the seeds differ by"
-    text = f"`{name}`: {', '.join(parts)} ({columns[0][1]} {change}{verdict})"
-    return text.replace(" -", " −")
+    return f"`{name}`: {', '.join(parts)} ({columns[0][1]} {change}{verdict})"
 
 
 def write_pages(results):

@@ -174,8 +174,8 @@ def test_an_ablation_s_difference_is_paired():
     for seed, base, own in [(1, 2.0, 1.0), (2, 3.0, 1.8), (3, 4.0, 3.2)]:
         rows["ppo", seed] = {"figures": {"J": base}}
         rows["ppo-no-kl", seed] = {"figures": {"J": own}}
-    assert ablations.difference("ppo-no-kl", rows) == ("**−1.00 ± 0.20**", True)
+    assert ablations.difference("ppo-no-kl", rows) == ("**-1.00 ± 0.20**", True)
     rows["ppo-no-kl", 3]["figures"]["J"] = 4.5  # now they do not agree on a sign
-    assert ablations.difference("ppo-no-kl", rows) == ("−0.57 ± 0.93", False)
+    assert ablations.difference("ppo-no-kl", rows) == ("-0.57 ± 0.93", False)
     del rows["ppo", 3]
     assert ablations.difference("ppo-no-kl", rows)[1] is False
