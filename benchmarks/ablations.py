@@ -343,16 +343,15 @@ class Ablation(NamedTuple):
 FROM_SFT = "--model {runs}/sft{seed}/model"
 WITH_REWARD = f"{FROM_SFT} --reward-model {{runs}}/reward{{seed}}/model"
 HELD_OUT = "--eval-dataset {runs}/ablations/prompts.jsonl"
-PAIRS = "--dataset {runs}/ablations/pairs.jsonl --eval-dataset {runs}/ablations/pairs_test.jsonl"
-PAIRS += " --gold data/reviews.py:sentiment"
+PAIRS = "--dataset {runs}/ablations/pairs.jsonl --eval-dataset {runs}/ablations/"
 # What all runs of a script share. Completions of at most 32 tokens: 1 in 50 reviews is longer.
 SIZES = {
     "ppo": f"{WITH_REWARD} {HELD_OUT} --steps 16 --batch-size 64 --max-completion-length 32",
     "grpo": f"{WITH_REWARD} {HELD_OUT} --steps 24 --batch-size 64 --max-completion-length 32",
     "iterative_dpo": f"{WITH_REWARD} {HELD_OUT} --rounds 30 --prompts-per-round 64"
     " --batch-size 32 --max-completion-length 32",
-    "dpo": f"{FROM_SFT} {PAIRS} --batch-size 32",
-    "reward": f"{FROM_SFT} {PAIRS.partition(' --gold')[0]} --batch-size 32 --epochs 2",
+    "dpo": f"{FROM_SFT} {PAIRS}pairs_few.jsonl --batch-size 32",
+    "reward": f"{FROM_SFT} {PAIRS}pairs_test.jsonl --batch-size 32 --epochs 1",
     "sft": "--dataset {runs}/ablations/reviews.jsonl"
     " --eval-dataset {runs}/ablations/reviews_test.jsonl",
 }
@@ -362,8 +361,9 @@ DATA = {
     "prompts": ("prompts_test.jsonl", 16),
     "pairs": ("preferences_train.jsonl", 2560),
     "pairs_test": ("preferences_test.jsonl", 1000),
-    "reviews": ("sft_train.jsonl", 4000),
-    "reviews_test": ("sft_test.jsonl", 500),
+    "pairs_few": ("preferences_test.jsonl", 128),
+    "reviews": ("sft_train.jsonl", 2000),
+    "reviews_test": ("sft_test.jsonl", 64),
 }
 
 # fmt: off
@@ -455,7 +455,7 @@ ABLATIONS = {
         "reward", "head starts 10 times as large", patch=head_times_10),
     "reward-new-trunk": Ablation("reward", "not from the SFT model", patch=new_trunk),
     "reward-center": Ablation("reward", "level of the scores fixed", "--center-coef 0.01"),
-    "reward-one-epoch": Ablation("reward", "one pass, not two", "--epochs 1"),
+    "reward-three-passes": Ablation("reward", "three passes, not one", "--epochs 3"),
     "reward-no-decay": Ablation("reward", "no weight decay", "--weight-decay 0"),
     "sft": Ablation("sft", "as it is"),
     "sft-train-on-prompt": Ablation("sft", "prompt in the loss, too", "--train-on-prompt"),
