@@ -15,8 +15,8 @@ makes. An ablation is a script, flags, and perhaps a patch: a function that gets
 fresh module and puts something else in the place of one of its functions. SIZES holds what all
 runs of a script share: they are much shorter than the scripts' defaults, so compare a row with its
 baseline, not with the README. A run that is in ablations.jsonl with the same settings is not made
-again. All policies are measured by evaluate.py's code, unpatched, on the 500 held-out prompts, two
-completions each; J = learned reward - 0.3 * KL.
+again. All policies are measured by evaluate.py's code, unpatched, on the 500 held-out prompts;
+J = learned reward - 0.3 * KL.
 """
 
 import contextlib
@@ -238,14 +238,11 @@ def mean_logprobs(script):
 
 
 def no_reference(script):
-    """The reference's log-probabilities are 0 (the first two calls ask for them)."""
-    dataset_logprobs, calls = script.dataset_logprobs, iter(range(2))
-
-    def changed(*x):
-        found = dataset_logprobs(*x)
-        return found if next(calls, None) is None else np.zeros_like(found)
-
-    script.dataset_logprobs = changed
+    """The reference's log-probabilities are 0."""
+    pair_loss = script.pair_loss
+    script.pair_loss = lambda logprobs, ref_logprobs, *more: pair_loss(
+        logprobs, jnp.zeros_like(ref_logprobs), *more
+    )
 
 
 def prompt_counts(script):
@@ -346,7 +343,7 @@ HELD_OUT = "--eval-dataset {runs}/ablations/prompts.jsonl"
 PAIRS = "--dataset {runs}/ablations/pairs.jsonl --eval-dataset {runs}/ablations/"
 # What all runs of a script share. Completions of at most 32 tokens: 1 in 50 reviews is longer.
 SIZES = {
-    "ppo": f"{WITH_REWARD} {HELD_OUT} --steps 16 --batch-size 64 --max-completion-length 32",
+    "ppo": f"{WITH_REWARD} {HELD_OUT} --steps 12 --batch-size 64 --max-completion-length 32",
     "grpo": f"{WITH_REWARD} {HELD_OUT} --steps 24 --batch-size 64 --max-completion-length 32",
     "iterative_dpo": f"{WITH_REWARD} {HELD_OUT} --rounds 30 --prompts-per-round 64"
     " --batch-size 32 --max-completion-length 32",
@@ -358,7 +355,7 @@ SIZES = {
 SIZES["mixed_precision"] = SIZES["sft"]
 # Parts of the embedded data: {name: (file, its first rows)}.
 DATA = {
-    "prompts": ("prompts_test.jsonl", 16),
+    "prompts": ("prompts_test.jsonl", 64),
     "pairs": ("preferences_train.jsonl", 2560),
     "pairs_test": ("preferences_test.jsonl", 1000),
     "pairs_few": ("preferences_test.jsonl", 128),
@@ -498,11 +495,28 @@ def settings(name):
     return f"{flags} [patch {hash_of(''.join(sources)):x}]"
 
 
-def fresh_module(script):
-    """A script as a module of its own: what a patch changes there is nowhere else."""
+# What one compiled program serves all values of: the models' sizes are the same.
+FREE = ("seed", "run_dir", "model", "reward_model")
+
+
+@functools.lru_cache(maxsize=1)
+def patched_module(script, patch):
+    """A script as a module of its own: what a patch changes there is nowhere else.
+
+    Its Args are equal where all but FREE is, so that the seeds share what is traced and compiled.
+    """
     spec = importlib.util.spec_from_file_location(f"ablated_{script}", ROOT / f"{script}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if patch:
+        patch(module)
+
+    def key(args):
+        return tuple(value for name, value in vars(args).items() if name not in FREE)
+
+    module.Args.__eq__ = lambda self, other: key(self) == key(other)
+    module.Args.__hash__ = lambda self: hash(key(self))
+    module.make_optimizer = functools.lru_cache(module.make_optimizer)  # a static argument, too
     return module
 
 
@@ -510,9 +524,7 @@ def run(name, seed, args):
     """Trains and measures: {"figures"}, or {"failed"} with the script's last words."""
     ablation = ABLATIONS[name]
     place = Path(args.runs) / "ablations" / f"{name}-{seed}"
-    module = fresh_module(ablation.script)
-    if ablation.patch:
-        ablation.patch(module)
+    module = patched_module(ablation.script, ablation.patch)
     flags = f"{SIZES[ablation.script]} {ablation.flags}".format(runs=args.runs, seed=seed).split()
     never = ["--eval-every", "1000000", "--save-every", "1000000"]
     flags += ["--seed", str(seed), "--run-dir", str(place), "--overwrite", *never]
@@ -527,8 +539,6 @@ def run(name, seed, args):
     except Exception:
         print(words.getvalue()[-2000:])
         raise
-    finally:
-        del sys.modules[module.__name__]
     found = {"figures": measure(ablation.script, place, seed, args)}
     shutil.rmtree(place)
     return found
@@ -558,7 +568,7 @@ def measure(script, place, seed, args):
     if own:
         bench = bench._replace(ref=(config, params))
     with contextlib.redirect_stdout(io.StringIO()):
-        samples = evaluate.draw_samples((config, params), bench, 500, 2, "table", flags)
+        samples = evaluate.draw_samples((config, params), bench, 500, 1, "table", flags)
     figures = {x: float(np.mean(getattr(samples, x))) for x in ("gold", "length", "ended")}
     if own:
         module = importlib.import_module("sft")
