@@ -356,10 +356,10 @@ SIZES["mixed_precision"] = SIZES["sft"]
 # Parts of the embedded data: {name: (file, its first rows)}.
 DATA = {
     "prompts": ("prompts_test.jsonl", 64),
-    "pairs": ("preferences_train.jsonl", 2560),
+    "pairs": ("preferences_train.jsonl", 1600),
     "pairs_test": ("preferences_test.jsonl", 1000),
-    "pairs_few": ("preferences_test.jsonl", 128),
-    "reviews": ("sft_train.jsonl", 2000),
+    "pairs_few": ("preferences_test.jsonl", 64),
+    "reviews": ("sft_train.jsonl", 1280),
     "reviews_test": ("sft_test.jsonl", 64),
 }
 
