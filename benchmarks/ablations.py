@@ -577,7 +577,7 @@ def measure(script, place, seed, args):
         rows = module.encode_rows(rows, ["completion"], bench.tokenizer, bench.eos_id, wanted)
         found = module.evaluate(params, config, [ids for _, ids in rows], 16, 64)
         figures |= {"loss": found["eval/loss"], "accuracy": found["eval/mean_token_accuracy"]}
-        return figures | {"skipped": log[-1]["skipped_steps"]} * ("skipped_steps" in log[-1])
+        return figures | {"skipped": log[-1].get("skipped_steps", 0)}
     for x in ("reward", "kl", "entropy"):
         figures[x] = float(np.mean(getattr(samples, x)))
     if script == "dpo":
