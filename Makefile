@@ -29,6 +29,9 @@ three-stages: $(VENV)/ready
 	$(RUN) reward.py --resume
 	$(RUN) ppo.py --resume
 
+results: $(VENV)/ready-dev  ## every algorithm at several KL coefficients and seeds: hours, writes results/
+	$(RUN) benchmarks/results.py
+
 env: $(VENV)/ready  ## the environment alone, in .venv
 
 $(VENV)/ready: requirements.txt
@@ -74,4 +77,4 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {sub("all-three", "", $$1); \
 	  printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-.PHONY: all-three all three-stages env smoke check test test-most test-all tensorboard clean distclean help
+.PHONY: all-three all three-stages results env smoke check test test-most test-all tensorboard clean distclean help
