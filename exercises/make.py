@@ -124,7 +124,8 @@ def make(folder, exercises):
         source = (ROOT / f"{script}.py").read_text("utf-8")
         own = [x for x in exercises if x.script == script]
         (folder / f"{script}.py").write_text(blank(source, own, f"{script}.py"), "utf-8")
-    for path in [*HERE.glob("test_phase_*.py"), HERE / "conftest.py", HERE / "course.py"]:
+    texts = [*HERE.glob("*.md"), *HERE.glob("test_phase_*.py")]
+    for path in [*texts, HERE / "conftest.py", HERE / "course.py"]:
         shutil.copyfile(path, folder / path.name)
     for name in ALSO:
         source, target = ROOT / name, folder / name

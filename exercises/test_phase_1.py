@@ -62,13 +62,22 @@ def test_1_2_gradients():
 
 def test_1_3_a_step():
     errors = X @ PARAMS["w"] + PARAMS["b"] - Y
-    params, loss = basics.train_step(PARAMS, X, Y, 0.1)
+    result = basics.train_step(PARAMS, X, Y, 0.1)
+    hint = "return (new params, loss): a dict like params, and one number"
+    assert isinstance(result, tuple) and isinstance(result[0], dict), hint
+    params, loss = result
     expect(loss, (errors**2).mean(), "return the loss of the parameters before the step")
     for name, grad in (("w", 2 * X.T @ errors), ("b", 2 * errors.sum(axis=0))):
         grad = grad / errors.size
         moved = np.asarray(params[name]) - PARAMS[name]
         hint = f"{name} moves by -learning_rate * gradient: against the gradient, and that far"
         expect(moved, -0.1 * grad, hint)
+
+
+def test_1_3_learning_rate():
+    hint = "a step goes as far as learning_rate says: with 0.03 it has 0.3 times that with 0.1"
+    one, other = (basics.train_step(PARAMS, X, Y, rate)[0]["w"] for rate in (0.1, 0.03))
+    expect(np.asarray(other) - PARAMS["w"], 0.3 * (np.asarray(one) - PARAMS["w"]), hint)
 
 
 def test_1_3_descends():

@@ -63,6 +63,29 @@ def test_2_1_shape():
     assert cache is None, "without a cache the second result is None"
 
 
+def test_2_1_start():
+    config = dataclasses.replace(CONFIG, n_embd=64)
+    x, bias = np.zeros((B * T, 64), np.float32), BIAS
+    made = jax.jit(gpt2.Attention(config).init, static_argnums=4)(
+        jax.random.key(0), x, bias, None, 0
+    )
+    found = made["params"]["c_proj"]["kernel"].std() / made["params"]["c_attn"]["kernel"].std()
+    hint = "c_proj adds to the residual stream and starts with less weight: residual=True"
+    assert abs(found - 0.5) < 0.1, hint  # 1 / sqrt(2 n_layer)
+
+
+def test_2_1_bfloat16():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    cache = (jnp.zeros((B, H, T, D // H), "bfloat16"),) * 2
+    apply = jax.jit(gpt2.Attention(config).apply, static_argnums=4)
+    hint = "`dense` gives float32: bring q, k and v to self.config.dtype, the cache's type"
+    try:
+        _, cache = apply({"params": ATTENTION}, X, BIAS, cache, 0)
+    except TypeError as error:
+        raise AssertionError(f"{hint} ({error})") from None
+    assert cache[0].dtype == jnp.bfloat16, hint
+
+
 def test_2_1_sees_nothing_later():
     changed = X.reshape(B, T, D).copy()
     changed[:, -1] += 1
@@ -70,7 +93,8 @@ def test_2_1_sees_nothing_later():
     hint = (
         "a later position changes an earlier one: add bias to the scores, before the softmax (and "
     )
-    hint += "if it is there: T and the heads are mixed up where the heads are joined again)"
+    hint += "if it is there: the softmax is over the keys, axis=-1, or T and the heads are mixed "
+    hint += "up where the heads are joined again)"
     expect(after[1, :-1], before[1, :-1], hint)
 
 

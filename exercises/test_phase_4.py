@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from course import expect
+from course import both, expect
 
 import reward
 
@@ -84,7 +84,7 @@ REJECTED = np.array([0.0, 0.5, 1.5], np.float32)
 
 
 def test_4_2_value():
-    loss, _ = reward.preference_loss(CHOSEN, REJECTED)
+    loss, _ = both(reward.preference_loss(CHOSEN, REJECTED))
     swapped = np.mean(np.log1p(np.exp(CHOSEN - REJECTED)))
     assert abs(loss - swapped) > 1e-4, "this rewards the rejected one: chosen minus rejected"
     hint = "the mean of -log sigmoid(chosen - rejected)"
@@ -117,13 +117,29 @@ def test_4_2_far_apart():
     expect(grad, [-1.0], hint)
 
 
+def test_4_2_gradients():
+    def loss(chosen, rejected):
+        return reward.preference_loss(chosen, rejected, center_coef=0.1)[0]
+
+    share = 1 / (1 + np.exp(CHOSEN - REJECTED))  # d(-log sigmoid(x)) / dx = -sigmoid(-x)
+    level = 0.2 * (CHOSEN + REJECTED)
+    grads = jax.grad(loss, argnums=(0, 1))(CHOSEN, REJECTED)
+    hint = "both scores are learned, by both terms: no stop_gradient; wrong is that of"
+    expect(grads[0], (level - share) / 3, f"{hint} chosen")
+    expect(grads[1], (level + share) / 3, f"{hint} rejected")
+
+
 def test_4_2_metrics():
-    _, metrics = reward.preference_loss(CHOSEN, REJECTED)
+    margin = np.array([0.5, 0.0, 1.0], np.float32)
+    loss, metrics = reward.preference_loss(CHOSEN, REJECTED, margin, center_coef=0.1)
+    assert "loss" in metrics, "metrics lack loss"
+    expect(metrics["loss"], loss, 'metrics["loss"] is all of the loss, with the centre term')
     wanted = {"rewards/chosen": CHOSEN.mean(), "rewards/rejected": REJECTED.mean()}
     wanted |= {"rewards/accuracies": 2 / 3, "rewards/margins": (CHOSEN - REJECTED).mean()}
     for name, value in wanted.items():
         assert name in metrics, f"metrics lack {name}"
-        expect(metrics[name], value, f"{name} is a mean over the pairs")
+        hint = f"{name} is a mean over the pairs, of the scores themselves: without the margin"
+        expect(metrics[name], value, hint)
 
 
 def random_pairs():

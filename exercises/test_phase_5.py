@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from course import expect
+from course import both, expect
 
 import ppo
 
@@ -88,6 +88,13 @@ def test_5_2_limits():
     expect(advantages, gae_by_definition(rewards, values, 0.9, 0.0), hint)
 
 
+def test_5_2_rewards_in_padding():
+    rewards, values = normal(B, R), normal(B, R)
+    found, _ = ppo.compute_gae(rewards, values, MASK, 0.9, 0.8)
+    hint = "a reward in padding reaches real tokens: multiply delta by the mask before the scan"
+    expect(found, gae_by_definition(rewards, values, 0.9, 0.8), hint)
+
+
 def test_5_2_returns():
     rewards, values = normal(B, R) * MASK, normal(B, R)
     _, returns = ppo.compute_gae(rewards, values, MASK, 0.9, 0.8)
@@ -100,7 +107,7 @@ def test_5_3_value():
     advantages = normal(B, R)
     ratio = np.exp(new - old)
     gain = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
-    loss, metrics = ppo.ppo_policy_loss(new, old, advantages, MASK, 0.2)
+    loss, metrics = both(ppo.ppo_policy_loss(new, old, advantages, MASK, 0.2))
     assert np.ndim(loss) == 0, f"the loss is one number, found the shape {np.shape(loss)}"
     assert abs(loss - masked(gain)) > 1e-4, "a loss is minimised: minus the gain"
     assert abs(loss + np.mean(gain * MASK)) > 1e-4, "divide by the mask's sum, not by B * R"
@@ -109,7 +116,8 @@ def test_5_3_value():
     hint = "clipfrac: how often the clipped loss is the larger one"
     clipped = (np.clip(ratio, 0.8, 1.2) * advantages < ratio * advantages).astype(float)
     expect(metrics["policy/clipfrac_avg"], masked(clipped), hint)
-    expect(metrics["policy/approxkl_avg"], 0.5 * masked((new - old) ** 2), "half the mean square")
+    hint = "policy/approxkl_avg: half the mean square of the log ratio"
+    expect(metrics["policy/approxkl_avg"], 0.5 * masked((new - old) ** 2), hint)
     expect(metrics["val/ratio"], masked(ratio), "the mean of the ratio, over mask 1")
 
 
@@ -131,9 +139,9 @@ def test_5_3_padding():
 def test_5_3_gradient():
     one = np.ones((1, 1), np.float32)
 
-    def slope(log_ratio, advantage):
+    def slope(log_ratio, advantage, clip_eps=0.2):
         def loss(x):
-            return ppo.ppo_policy_loss(x, 0 * one, advantage * one, one, 0.2)[0]
+            return ppo.ppo_policy_loss(x, 0 * one, advantage * one, one, clip_eps)[0]
 
         return jax.grad(loss)(log_ratio * one)[0, 0]
 
@@ -142,6 +150,8 @@ def test_5_3_gradient():
     expect(slope(-0.5, -1.0), 0.0, "a bad token that is 0.6 times as likely has no more to gain")
     hint = "a bad token that has become likelier is not clipped: the larger loss of the two counts"
     expect(slope(0.5, -1.0), np.exp(0.5), hint)
+    hint = "clip to 1 - clip_eps and 1 + clip_eps, not to fixed numbers"
+    expect(slope(0.25, 1.0, clip_eps=0.3), -np.exp(0.25), hint)
 
 
 def test_5_4_value():

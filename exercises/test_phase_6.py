@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from course import expect
+from course import both, expect
 
 import dpo
 
@@ -85,7 +85,7 @@ def margins(beta):
 
 def test_6_2_at_the_start():
     logprobs = normal(5), normal(5)
-    loss, metrics = dpo.dpo_loss(*logprobs, *logprobs, 0.5)
+    loss, metrics = both(dpo.dpo_loss(*logprobs, *logprobs, 0.5))
     hint = "policy equal to reference: the loss is log 2, since all implicit rewards are 0"
     expect(loss, np.log(2), hint)
     expect(metrics["rewards/chosen"], 0.0, hint)
@@ -118,10 +118,30 @@ def test_6_2_far_apart():
     hint = "a margin of -200 has a loss of 200: jax.nn.log_sigmoid, not log(sigmoid)"
     expect(loss, 200.0, hint)
     expect(grad, [-1.0], hint)
+    hint = "a margin of 200: the wrong label's loss is -log_sigmoid(-margin), not log(1 - sigmoid)"
+    for smoothing in (0.0, 0.1):
+        loss, grad = jax.value_and_grad(
+            lambda x, smoothing=smoothing: dpo.dpo_loss(x, zero, zero, zero, 1.0, smoothing)[0]
+        )(zero + 200)
+        expect(loss, 200 * smoothing, hint)
+        expect(grad, [smoothing], hint)
+
+
+def test_6_2_gradients():
+    def loss(chosen, rejected):
+        return dpo.dpo_loss(chosen, rejected, *PAIRS[2:], 0.5)[0]
+
+    grads = jax.grad(loss, argnums=(0, 1))(*PAIRS[:2])
+    wanted = 0.5 / (1 + np.exp(margins(0.5))) / 5
+    hint = "both answers are learned: chosen is pushed up as much as rejected is pushed down"
+    expect(grads[0], -wanted, hint)
+    expect(grads[1], wanted, hint)
 
 
 def test_6_2_metrics():
-    _, metrics = dpo.dpo_loss(*PAIRS, 0.5)
+    loss, metrics = dpo.dpo_loss(*PAIRS, 0.5, label_smoothing=0.1)
+    assert "loss" in metrics, "metrics lack loss"
+    expect(metrics["loss"], loss, 'metrics["loss"] is the loss')
     chosen, rejected = 0.5 * (PAIRS[0] - PAIRS[2]), 0.5 * (PAIRS[1] - PAIRS[3])
     wanted = {"rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean()}
     wanted |= {"rewards/accuracies": (chosen > rejected).mean()}

@@ -139,8 +139,17 @@ def test_7_2_without_scale():
     expect(found, [-2, -1, 0, 3, -1, -1, -1, 3], "scale=False: r - mean of its group, no division")
 
 
+def test_7_2_eps():
+    found = grpo.group_relative_advantage(REWARDS, 4, eps=1.0)
+    groups = REWARDS.reshape(2, 4)
+    wanted = groups - groups.mean(axis=1, keepdims=True)
+    wanted /= groups.std(axis=1, ddof=1, keepdims=True) + 1
+    expect(found, wanted.reshape(-1), "eps is added to the standard deviation, whatever eps is")
+
+
 def test_7_2_equal_rewards():
-    found = np.asarray(grpo.group_relative_advantage(np.full(14, 0.7, np.float32), 7))
+    levels = np.repeat(np.float32([0.7, 123.4]), 7)
+    found = np.asarray(grpo.group_relative_advantage(levels, 7))
     hint = "equal rewards teach nothing: exactly 0, so subtract the group's maximum before the mean"
     assert (found == 0).all(), f"{hint}; found {found}"
 
@@ -151,6 +160,8 @@ def test_7_2_no_reward():
     hint = "a reward of NaN gets the advantage 0, and the others' mean is without it: jnp.nanmean"
     expect(found, [-1, 1, 0, 0, 0, 0], hint)
     found = grpo.group_relative_advantage(rewards, 3)
+    first = grpo.group_relative_advantage(np.float32([np.nan, 1, 3]), 3, scale=False)
+    expect(first, [0, -1, 1], "NaN in the first place: subtract jnp.nanmax, not the first reward")
     wanted = 1 / (np.sqrt(2) + 1e-4)
     expect(found, [-wanted, wanted, 0, 0, 0, 0], "so is their standard deviation: jnp.nanstd")
 

@@ -24,6 +24,20 @@ WRONG = {
         ),
     ],
     "1.3": [
+        (
+            "a fixed rate",
+            "train_step",
+            "p - learning_rate *",
+            "p - 0.1 *",
+            "as far as learning_rate",
+        ),
+        (
+            "the loss alone",
+            "train_step",
+            "params, grads), loss",
+            "params, grads)",
+            "new params, loss",
+        ),
         ("ascent", "train_step", "p - learning_rate", "p + learning_rate", "against the gradient"),
         ("no rate", "train_step", "learning_rate * g", "g", "that far"),
         (
@@ -69,6 +83,14 @@ WRONG = {
         ),
     ],
     "2.1": [
+        ("no smaller start", "Attention.__call__", ", residual=True", "", "residual=True"),
+        (
+            "float32 in the cache",
+            "Attention.__call__",
+            "(x).astype(self.config.dtype)",
+            "(x)",
+            "the cache's type",
+        ),
         ("no mask", "Attention.__call__", " + bias\n", "\n", "a later position changes"),
         ("no scale", "Attention.__call__", " * (D // H) ** -0.5", "", "sqrt(D/H)"),
         ("scale of D", "Attention.__call__", "q * (D // H) ** -0.5", "q * D**-0.5", "sqrt(D/H)"),
@@ -287,6 +309,20 @@ WRONG = {
     ],
     "4.2": [
         (
+            "accuracy with the margin",
+            "preference_loss",
+            "(chosen > rejected)",
+            "(chosen > rejected + margin)",
+            "without the margin",
+        ),
+        (
+            "no gradient to rejected",
+            "preference_loss",
+            "log_sigmoid(chosen - rejected",
+            "log_sigmoid(chosen - jax.lax.stop_gradient(rejected)",
+            "no stop_gradient",
+        ),
+        (
             "the sign",
             "preference_loss",
             "log_sigmoid(chosen - rejected - margin)",
@@ -374,6 +410,13 @@ WRONG = {
         ),
     ],
     "5.2": [
+        (
+            "padding is paid",
+            "compute_gae",
+            "next_values - values) * mask",
+            "next_values - values)",
+            "padding",
+        ),
         ("no mask", "compute_gae", "values = values * mask", "values = values", "padding"),
         ("no lambda", "compute_gae", "delta + gamma * lam", "delta + gamma", "lam"),
         ("forwards", "compute_gae", ", reverse=True", "", "A_{t+1}"),
@@ -393,6 +436,13 @@ WRONG = {
         ),
     ],
     "5.3": [
+        (
+            "a fixed clip",
+            "ppo_policy_loss",
+            "jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)",
+            "jnp.clip(ratio, 0.8, 1.2)",
+            "not to fixed numbers",
+        ),
         ("the sign", "ppo_policy_loss", "loss = mean(", "loss = -mean(", "minus the gain"),
         ("the optimist", "ppo_policy_loss", "jnp.maximum(losses", "jnp.minimum(losses", "smaller"),
         (
@@ -515,6 +565,20 @@ WRONG = {
     ],
     "6.2": [
         (
+            "log of 1 - sigmoid",
+            "dpo_loss",
+            "wrong = jax.nn.log_sigmoid(rejected - chosen)",
+            "wrong = jnp.log(1 - jax.nn.sigmoid(chosen - rejected))",
+            "not log(1 - sigmoid)",
+        ),
+        (
+            "rejected is not learned",
+            "dpo_loss",
+            "right = jax.nn.log_sigmoid(chosen - rejected)",
+            "right = jax.nn.log_sigmoid(chosen - jax.lax.stop_gradient(rejected))",
+            "both answers",
+        ),
+        (
             "the sign",
             "dpo_loss",
             "right = jax.nn.log_sigmoid(chosen - rejected)",
@@ -596,6 +660,14 @@ WRONG = {
         ),
     ],
     "7.2": [
+        (
+            "the first as level",
+            "group_relative_advantage",
+            "jnp.nanmax(groups, axis=1, keepdims=True)",
+            "groups[:, :1]",
+            "first place",
+        ),
+        ("a fixed eps", "group_relative_advantage", "+ eps", "+ 1e-4", "whatever eps"),
         ("biased", "group_relative_advantage", "ddof=1, ", "", "Bessel"),
         (
             "the whole batch",
