@@ -37,7 +37,7 @@ COEFFICIENTS = {  # script: (flag of the KL penalty's weight, values, other flag
     "iterative_dpo": ("beta", (0.15, 0.3, 0.6, 1.2), ()),
     "dpo": ("beta", (0.05, 0.1, 0.3, 0.6), ()),
 }
-FEW_PAIRS = 300  # that the reward model of `over` has seen
+FEW_PAIRS = 80  # that the reward model of `over` has seen
 KEPT = 60  # rows of a run's metrics in results/metrics
 SUMS = ("--max-prompt-length", "6", "--max-completion-length", "4")
 
@@ -58,15 +58,16 @@ class Runner:
     """Runs the scripts' command lines, each once."""
 
     def __init__(self, args):
-        self.args, self.folder = args, Path(args.runs)
+        self.args, self.folder, self.commands = args, Path(args.runs), []
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def call(self, *words):
-        """One command; what it prints goes to log.txt. Raises if it fails."""
+    def call(self, done, *words):
+        """One command, unless it is done; what it prints goes to log.txt. Raises if it fails."""
         line = shlex.join(["python", *map(str, words)])
+        self.commands.append(line)
+        if done:
+            return
         print(time.strftime("%H:%M:%S"), line, flush=True)
-        with open(self.folder / "commands.txt", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
         with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
             command = [sys.executable, *map(str, words)]
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
@@ -74,9 +75,9 @@ class Runner:
     def train(self, name, script, seed, *flags):
         """The folder of a finished run of this script, which is made where it is not there yet."""
         run = self.folder.resolve() / f"{name}-{seed}"
-        if not (run / "model" / "model.safetensors").exists():
-            flags = [*flags, *(TINY[script] if self.args.tiny else ())]
-            self.call(f"{script}.py", "--seed", seed, *flags, "--run-dir", run, "--resume")
+        done = (run / "model" / "model.safetensors").exists()
+        flags = [*flags, *(TINY[script] if self.args.tiny else ())]
+        self.call(done, f"{script}.py", "--seed", seed, *flags, "--run-dir", run, "--resume")
         return run
 
     def evaluate(self, name, seed, ref, models, *flags):
@@ -85,8 +86,8 @@ class Runner:
         models = [run / "model" for run in models]
         flags = [*flags, "--ref", ref / "model", "--models", *models, "--report", report]
         small = ("--num-prompts", 8, "--frontier-prompts", 4, "--frontier-samples", 32)
-        if not (report / "evaluation.jsonl").exists():
-            self.call("evaluate.py", "--seed", seed, *flags, *(small if self.args.tiny else ()))
+        flags += small if self.args.tiny else ()
+        self.call((report / "evaluation.jsonl").exists(), "evaluate.py", "--seed", seed, *flags)
         return read_lines(report / "evaluation.jsonl")
 
 
@@ -137,14 +138,16 @@ def over_optimise(runner):
     pairs = runner.folder.resolve() / "few_pairs.jsonl"
     lines = (ROOT / "data/reviews/preferences_train.jsonl").read_text("utf-8").splitlines(True)
     pairs.write_text("".join(lines[:FEW_PAIRS]), "utf-8")
+    source = "data/reviews/preferences_train.jsonl"
+    runner.commands.append(f"head -n {FEW_PAIRS} {source} > {pairs}")
     runs = []
     for seed in runner.args.seeds:
         sft = runner.train("sft", "sft", seed)
         few = ("--dataset", pairs, "--eval-dataset", "data/reviews/preferences_test.jsonl")
-        few += ("--epochs", 4, "--batch-size", 32, "--micro-batch-size", 32)
+        few += ("--epochs", 6, "--batch-size", 16, "--micro-batch-size", 16)
         reward = runner.train("few", "reward", seed, "--model", sft / "model", *few)
         flags = ("--model", sft / "model", "--reward-model", reward / "model", "--kl-coef", 0)
-        flags += ("--gold", "data/reviews.py:sentiment", "--steps", 120, "--eval-every", 4)
+        flags += ("--gold", "data/reviews.py:sentiment", "--steps", 40, "--eval-every", 2)
         run = runner.train("over", "ppo", seed, *flags)
         runs.append((run, read_lines(run / "metrics.jsonl")))
     return runs
@@ -242,25 +245,29 @@ def fit_gao(kl, gold):
 
 
 def over_curves(rows):
-    """(step, KL, learned reward, gold reward) of the evaluations of a run, each [N]."""
+    """(step, KL, learned reward, gold reward, entropy) of the evaluations of a run, each [N]."""
     rows = [row for row in rows if "eval/gold/reward" in row]
     names = ("step", "eval/objective/kl", "eval/reward", "eval/gold/reward")
+    names += ("eval/objective/entropy",)
     return np.array([[row[name] for name in names] for row in rows]).T
 
 
 def over_table(runs):
-    """Where gold was highest, where it ended, and what of the logs turned before it."""
+    """Where gold was highest, and where it ended; the entropy at both, of that at the start."""
     lines = ["| seed | KL at the highest gold | gold there | gold at the end | KL at the end |"]
-    lines[0] += " learned reward, there → end | alpha, beta of Gao et al. |"
-    lines.append("|---|---|---|---|---|---|---|")
+    lines[0] += " learned reward, there → end | entropy, there → end |"
+    lines[0] += " alpha, beta of Gao et al. |"
+    lines.append("|---|---|---|---|---|---|---|---|")
     for run, rows in runs:
-        _, kl, reward, gold = over_curves(rows)
+        _, kl, reward, gold, entropy = over_curves(rows)
         best = int(np.argmax(gold))
         alpha, beta = fit_gao(kl[1:].clip(1e-3), gold[1:] - gold[0])
         seed = run.name.rpartition("-")[2]
         lines.append(
             f"| {seed} | {kl[best]:.1f} | {gold[best]:.3f} | {gold[-1]:.3f} | {kl[-1]:.1f} |"
-            f" {reward[best]:.2f} → {reward[-1]:.2f} | {alpha:.3f}, {beta:.3f} |"
+            f" {reward[best]:.2f} → {reward[-1]:.2f} |"
+            f" {entropy[best] / entropy[0]:.0%} → {entropy[-1] / entropy[0]:.0%} |"
+            f" {alpha:.3f}, {beta:.3f} |"
         )
     return "\n".join(lines)
 
@@ -272,7 +279,7 @@ def plot_over(runs, path):
     axis = figure.subplots()
     twin = axis.twinx()
     for i, (_, rows) in enumerate(runs):
-        _, kl, reward, gold = over_curves(rows)
+        _, kl, reward, gold, _ = over_curves(rows)
         twin.plot(np.sqrt(kl.clip(0)), reward, color="tab:blue", alpha=0.6, lw=1)
         axis.plot(np.sqrt(kl.clip(0)), gold, ".", color="tab:orange", label="" if i else "gold")
         alpha, beta = fit_gao(kl[1:].clip(1e-3), gold[1:] - gold[0])
@@ -339,8 +346,11 @@ def main(args):
             lines.append(f"| `{name}.py` | {gold} | {kl} |")
         page += ["## Sums with exact answers", "\n".join(lines)]
     write_metrics(runner, out)
-    lines = dict.fromkeys((runner.folder / "commands.txt").read_text("utf-8").splitlines())
-    text = "\n".join(lines).replace(f"{runner.folder.resolve()}", args.runs).replace(f"{ROOT}/", "")
+    text = (
+        "\n".join(dict.fromkeys(runner.commands))
+        .replace(f"{runner.folder.resolve()}", args.runs)
+        .replace(f"{ROOT}/", "")
+    )
     (out / "commands.txt").write_text(text + "\n", "utf-8")
     minutes = f"{(time.monotonic() - started) / 60:.0f} minutes in this call"
     page.append(f"{time.strftime('%Y-%m-%d')}; {machine()}; {minutes}.")

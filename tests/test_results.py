@@ -28,6 +28,7 @@ def test_the_tables_of_runs_whose_gold_falls():
     rows = [{"step": 0, "loss": 1.0}]
     for step, gold in enumerate((0.0, 0.2, 0.3, 0.25, 0.1)):
         found = {"eval/objective/kl": step**2, "eval/reward": float(step), "eval/gold/reward": gold}
+        found["eval/objective/entropy"] = 20.0 - step
         rows.append({"step": step} | found)
     text = results.over_table([(Path(f"over-{seed}"), rows) for seed in (1, 2)])
     lines = text.splitlines()
