@@ -96,7 +96,7 @@ TINY = {
     "sft": ("--epochs", 1, "--n-layer", 1, "--n-head", 2, "--n-embd", 32, *SHORT),
     "reward": SHORT,
     "ppo": ("--steps", 8, "--batch-size", 32, "--num-minibatches", 1, *SHORT),
-    "grpo": ("--steps", 2, "--batch-size", 16, "--micro-batch-size", 16, *SHORT),
+    "grpo": ("--steps", 2, "--batch-size", 32, "--micro-batch-size", 16, *SHORT),
     "iterative_dpo": ("--rounds", 2, "--prompts-per-round", 32, *SHORT),
     "dpo": SHORT,
 }
