@@ -97,7 +97,7 @@ TINY = {
     "reward": SHORT,
     "ppo": ("--steps", 8, "--batch-size", 32, "--num-minibatches", 1, *SHORT),
     "grpo": ("--steps", 2, "--batch-size", 32, "--micro-batch-size", 16, *SHORT),
-    "iterative_dpo": ("--rounds", 2, "--prompts-per-round", 32, *SHORT),
+    "iterative_dpo": ("--rounds", 2, "--prompts-per-round", 32, "--batch-size", 16, *SHORT),
     "dpo": SHORT,
 }
 
