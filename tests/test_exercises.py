@@ -67,6 +67,15 @@ def results():
     os.environ.update(environment)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_behind():
+    """Variables of the course in the environment would change what later tests start."""
+    found = lambda: {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # noqa: E731
+    before = found()
+    yield
+    assert found() == before
+
+
 # ------------------------------------------------------------------------------------------- texts
 
 

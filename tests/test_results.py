@@ -55,6 +55,6 @@ def test_thinned_curves_keep_their_ends():
 def test_flags_that_it_types_exist():
     """Each script's Args take what the sweep sets."""
     scripts = {"ppo": ppo, "grpo": grpo, "iterative_dpo": iterative_dpo, "dpo": dpo}
-    for script, (flag, values, _) in results.COEFFICIENTS.items():
+    for script, (flag, values) in results.COEFFICIENTS.items():
         for value in values:
             assert getattr(scripts[script].Args(**{flag: value}), flag) == value
